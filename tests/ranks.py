@@ -1,0 +1,62 @@
+"""Launch real ranks (gloo on CPU) from a test and collect what each printed."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_ranks(
+    script: str | Path,
+    num_ranks: int,
+    args: tuple = (),
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+    check: bool = True,
+) -> list[str]:
+    """Run a script (a path, or source text with a newline in it) under ``paddle.distributed.launch``.
+
+    Args:
+        script: path of a script, or Python source.
+        num_ranks: ranks to start; 1 runs the plain interpreter without the launcher.
+        args: command line arguments of the script.
+        timeout: seconds after which the run counts as hung and the test fails.
+        env: additional environment variables.
+        check: fail the test if the exit status is not 0.
+
+    Returns:
+        The output of each rank, in rank order (stdout and stderr together); with ``check=False`` one more
+        entry at the end, the exit status as a string.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(script) if "\n" not in str(script) else Path(folder) / "ranks_main.py"
+        if path.parent == Path(folder):
+            path.write_text(str(script))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        for name in [name for name in environment if name.startswith("PADDLE_") and name not in (env or {})]:
+            del environment[name]
+        log_dir = Path(folder) / "log"
+        command = [sys.executable, str(path), *map(str, args)]
+        if num_ranks > 1:
+            launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(num_ranks), "--log_dir", str(log_dir)]
+            command = [sys.executable, *launch, str(path), *map(str, args)]
+        environment.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, timeout=timeout, text=True, capture_output=True, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{num_ranks} ranks of {path.name} hung for {timeout} s\n{_logs(log_dir)}") from error
+        outputs = [done.stdout + done.stderr]
+        if num_ranks > 1:
+            outputs = [log.read_text() for log in sorted(log_dir.glob("workerlog.*"), key=lambda p: int(p.suffix[1:]))]
+        if check and done.returncode != 0:
+            raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}{_logs(log_dir)}")
+        return outputs if check else [*outputs, str(done.returncode)]
+
+
+def _logs(log_dir: Path) -> str:
+    return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(log_dir.glob("workerlog.*")))

@@ -1,0 +1,1 @@
+"""Shared pieces: collectives, checkpoints, schedules, logging, errors. Importing does nothing."""

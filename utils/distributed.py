@@ -1,0 +1,159 @@
+"""The only caller of collectives: one code path for gloo (CPU) and NCCL (GPU).
+
+Every function is an identity (or a plain local computation) in a single process, so callers need no ``if``.
+Nothing here is differentiable: the head computes its gradients in closed form and calls these inside its own backward.
+All ranks must enter each call, in the same order.
+
+Shapes: W world size, B rows of one rank (the same on every rank), ``...`` any trailing shape.
+"""
+
+import os
+import pickle
+
+import paddle
+import paddle.distributed as dist
+
+from utils.errors import UserError
+
+
+def init(device: str = "cpu") -> None:
+    """Join the process group if the launcher started several processes; select the device.
+
+    Args:
+        device: ``cpu``, ``gpu``, ``npu`` or ``xpu``. An accelerator index is taken from the launcher.
+
+    Raises:
+        UserError: the device is unknown, or this Paddle was built without it.
+    """
+    supported = {
+        "cpu": lambda: True,
+        "gpu": paddle.device.is_compiled_with_cuda,
+        "npu": lambda: "npu" in paddle.device.get_all_custom_device_type(),
+        "xpu": paddle.device.is_compiled_with_xpu,
+    }
+    if device not in supported:
+        raise UserError(f"run.device: {device!r} is not one of {', '.join(supported)}")
+    if not supported[device]():
+        raise UserError(
+            f"run.device: {device!r} asked for, but the installed paddle {paddle.__version__} was built without it; "
+            "install the matching paddle package or set run.device=cpu"
+        )
+    if device == "cpu":
+        paddle.set_device("cpu")
+    else:
+        selected = os.environ.get(f"FLAGS_selected_{device}s", "0").split(",")[0]
+        paddle.set_device(f"{device}:{selected}")
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1 and not dist.is_initialized():
+        if device == "cpu":
+            # Without a backend named, a CUDA build of Paddle would pick NCCL for CPU tensors.
+            os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
+        dist.init_parallel_env()
+
+
+def get_rank() -> int:
+    """This process's global rank, 0 in a single process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes W, 1 in a single process."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensor: paddle.Tensor) -> paddle.Tensor:
+    """Element-wise sum over ranks, as a new tensor of the same shape and dtype."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: paddle.Tensor) -> paddle.Tensor:
+    """Element-wise maximum over ranks, as a new tensor of the same shape and dtype."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def all_gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
+    """[B, ...] of every rank -> [W*B, ...] in rank order; B must be equal on all ranks."""
+    if get_world_size() == 1:
+        return tensor.detach()
+    parts = []
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return paddle.concat(parts, axis=0)
+
+
+def reduce_scatter_rows(tensor: paddle.Tensor) -> paddle.Tensor:
+    """[W*B, ...] on every rank -> this rank's [B, ...] rows of the sum over ranks.
+
+    NCCL does it in one collective; gloo has none, so the sum is taken whole and cut.
+    """
+    world_size = get_world_size()
+    if world_size == 1:
+        return tensor.detach()
+    num_rows, remainder = divmod(tensor.shape[0], world_size)
+    if remainder:
+        raise ValueError(f"reduce_scatter_rows: {tensor.shape[0]} rows do not divide by {world_size} ranks")
+    if not tensor.place.is_cpu_place():
+        output = paddle.empty([num_rows, *tensor.shape[1:]], dtype=tensor.dtype)
+        dist.reduce_scatter(output, tensor.detach().contiguous())
+        return output
+    start = get_rank() * num_rows
+    return all_reduce_sum(tensor)[start : start + num_rows]
+
+
+def broadcast(tensor: paddle.Tensor, src: int = 0) -> paddle.Tensor:
+    """``tensor`` of rank ``src`` on every rank, as a new tensor; shapes and dtypes must agree."""
+    if get_world_size() == 1:
+        return tensor.detach()
+    output = tensor.detach().clone()
+    dist.broadcast(output, src=src)
+    return output
+
+
+def all_gather_object(value: object) -> list:
+    """Small picklable values of all ranks in rank order (between our own processes only, never from files)."""
+    if get_world_size() == 1:
+        return [value]
+    payload = paddle.to_tensor(list(pickle.dumps(value)), dtype="int32")
+    sizes = all_gather_rows(paddle.to_tensor([payload.shape[0]], dtype="int64")).numpy()
+    padded = paddle.zeros([int(sizes.max())], dtype="int32")
+    padded[: payload.shape[0]] = payload
+    gathered = all_gather_rows(padded).numpy().reshape(get_world_size(), -1)
+    return [pickle.loads(bytes(row[:size].astype("uint8"))) for row, size in zip(gathered, sizes, strict=True)]
+
+
+def broadcast_object(value: object, src: int = 0) -> object:
+    """A small picklable value of rank ``src`` on every rank."""
+    return all_gather_object(value if get_rank() == src else None)[src]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    all_reduce_sum(paddle.zeros([1], dtype="int32"))
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is true on one (one decision for all: trap 14)."""
+    return bool(all_reduce_max(paddle.to_tensor([int(flag)], dtype="int32")).item())
+
+
+def raise_together(error: Exception | None) -> None:
+    """All ranks call this after a step that may fail on some of them; all end if one failed.
+
+    A failing rank raises its own error. The others raise a ``UserError`` that names the rank and repeats its message,
+    instead of waiting in the next collective for a process that is gone.
+    """
+    if get_world_size() == 1:
+        messages = [None]
+    else:
+        messages = all_gather_object(None if error is None else str(error)) if any_rank(error is not None) else [None]
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise UserError(f"rank {rank} failed: {message}")
+
+
+def _all_reduce(tensor: paddle.Tensor, operation: int) -> paddle.Tensor:
+    if get_world_size() == 1:
+        return tensor.detach()
+    output = tensor.detach().clone()
+    dist.all_reduce(output, op=operation)
+    return output
