@@ -1,0 +1,71 @@
+"""Backbones: image -> raw embedding. ``build_backbone`` picks one from a dict by name; one file holds one family."""
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable
+
+from paddle import nn
+
+from backbones import iresnet
+
+BACKBONES: dict[str, Callable[..., nn.Layer]] = {
+    name: functools.partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()
+}
+ALIASES = {
+    "r18": "iresnet18",
+    "r34": "iresnet34",
+    "r50": "iresnet50",
+    "r100": "iresnet100",
+    "r200": "iresnet200",
+}
+
+
+def build_backbone(name: str, **options) -> nn.Layer:
+    """A freshly initialised backbone.
+
+    Args:
+        name: a key of ``BACKBONES`` or ``ALIASES``.
+        options: ``embedding_size`` (512), ``dropout`` (0.0), ``width``, ``input_size`` (112 pixels), ``recompute``
+            (False), ``data_format`` (NCHW) and what the family adds; its class documents them.
+
+    Returns:
+        A layer: float [B, 3, H, W] in [-1, 1] -> raw embedding [B, embedding_size]. It has ``input_size`` and
+        ``embedding_size``.
+
+    Raises:
+        ValueError: an unknown name (the nearest is named) or an option that the family lacks.
+    """
+    canonical = resolve_name(name)
+    builder = BACKBONES[canonical]
+    known = available_options(canonical)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"backbone {name!r} has no option {option!r}; it has {', '.join(known)}")
+    return builder(**options)
+
+
+def resolve_name(name: str) -> str:
+    """The registry key that ``name`` (a key or an alias) stands for; ValueError names the nearest otherwise."""
+    if name in BACKBONES:
+        return name
+    if name in ALIASES:
+        return ALIASES[name]
+    nearest = difflib.get_close_matches(str(name), [*BACKBONES, *ALIASES], n=1, cutoff=0.0)[0]
+    raise ValueError(f"no backbone {name!r}; did you mean {nearest!r}? There are: {', '.join(sorted(BACKBONES))}")
+
+
+def available_options(name: str) -> list[str]:
+    """Names of the options that ``build_backbone(name, ...)`` takes."""
+    parameters = inspect.signature(BACKBONES[resolve_name(name)]).parameters
+    return [key for key in parameters if key not in ("depths", "self")]
+
+
+def count_parameters(layer: nn.Layer) -> int:
+    """Number of weights as PyTorch counts them: running means and variances of batch norms are not among them."""
+    return sum(
+        math.prod(parameter.shape)
+        for name, parameter in layer.named_parameters()
+        if name.rsplit(".", 1)[-1] not in ("_mean", "_variance")
+    )

@@ -1,0 +1,106 @@
+"""What the families share: convolution, batch norm, PReLU, linear layers and gradient recompute.
+
+Layout is NCHW or NHWC (``data_format``); convolution weights are [out, in, height, width] in both, so a state dict does
+not depend on the layout. Batch norm: Paddle's ``momentum`` weights the OLD running value (0.9 here equals 0.1 in
+PyTorch: trap 25), and Paddle's running variance is the biased one, where PyTorch stores n/(n-1) times the batch's
+(n = batch x height x width values per channel). Outputs and gradients are the same.
+"""
+
+import math
+from collections.abc import Callable
+
+import paddle
+from paddle import nn
+from paddle.distributed.fleet.utils import recompute as paddle_recompute
+from paddle.nn import functional as F
+
+BN_EPSILON = 1e-5
+BN_MOMENTUM = 0.9
+
+
+def check_format(data_format: str) -> str:
+    """``data_format`` if it is one of the two layouts, else ValueError."""
+    if data_format not in ("NCHW", "NHWC"):
+        raise ValueError(f"data_format {data_format!r}: choose NCHW or NHWC")
+    return data_format
+
+
+def conv(num_in: int, num_out: int, kernel: int, stride: int = 1, padding: int | None = None, groups: int = 1,
+         init: nn.initializer.Initializer | None = None, data_format: str = "NCHW") -> nn.Conv2D:  # fmt: skip
+    """Convolution without bias; ``padding`` defaults to (kernel - 1) / 2, ``init`` to N(0, 0.1) as in the iresnets."""
+    padding = (kernel - 1) // 2 if padding is None else padding
+    attr = paddle.ParamAttr(initializer=init or nn.initializer.Normal(0.0, 0.1))
+    return nn.Conv2D(num_in, num_out, kernel, stride, padding, groups=groups, weight_attr=attr, bias_attr=False,
+                     data_format=data_format)  # fmt: skip
+
+
+def batch_norm(num_features: int, data_format: str = "NCHW", epsilon: float = BN_EPSILON) -> nn.BatchNorm2D:
+    """Batch norm over a feature map, PyTorch's defaults."""
+    return nn.BatchNorm2D(num_features, momentum=BN_MOMENTUM, epsilon=epsilon, data_format=data_format)
+
+
+def batch_norm_1d(num_features: int, epsilon: float = BN_EPSILON, frozen_scale: bool = False) -> nn.BatchNorm1D:
+    """Batch norm of embeddings [B, D]; ``frozen_scale`` keeps the scale at 1, out of training (trap 26)."""
+    layer = nn.BatchNorm1D(num_features, momentum=BN_MOMENTUM, epsilon=epsilon)
+    if frozen_scale:
+        layer.weight.stop_gradient = True
+    return layer
+
+
+def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
+    """Linear layer with PyTorch's default initialisation: weight and bias uniform in +-1/sqrt(num_in)."""
+    bound = 1.0 / math.sqrt(num_in)
+    uniform = nn.initializer.Uniform(-bound, bound)
+    return nn.Linear(num_in, num_out, paddle.ParamAttr(initializer=uniform),
+                     paddle.ParamAttr(initializer=uniform) if bias else False)  # fmt: skip
+
+
+class PReLU(nn.Layer):
+    """max(x, 0) + weight * min(x, 0), one weight a channel, 0.25 at the start (He et al. 2015, eq. 1)."""
+
+    def __init__(self, num_parameters: int, data_format: str = "NCHW"):
+        super().__init__()
+        self.data_format = data_format
+        self.weight = self.create_parameter([num_parameters], default_initializer=nn.initializer.Constant(0.25))
+
+    def forward(self, x):
+        return F.prelu(x, self.weight, data_format=self.data_format)
+
+
+def flatten_chw(x: paddle.Tensor, data_format: str) -> paddle.Tensor:
+    """[B, C, H, W] or [B, H, W, C] -> [B, C*H*W]: the order of the PyTorch checkpoints in either layout."""
+    if data_format == "NHWC":
+        x = x.transpose([0, 3, 1, 2])
+    return x.flatten(1)
+
+
+def full_precision(function: Callable, x: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
+    """``function(x)`` outside autocast, ``x`` brought to ``dtype`` first (the dtype of the function's weights)."""
+    with paddle.amp.auto_cast(enable=False):
+        return function(x.astype(dtype) if x.dtype != dtype else x)
+
+
+def recompute(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+    """``layer(x)`` whose activations are thrown away and computed again in the backward pass.
+
+    Batch norms must see each batch once: the first pass updates the running statistics, the second does not
+    (momentum 1 keeps the old value), so that a step with recompute equals a step without.
+    """
+    norms = [part for part in layer.sublayers(include_self=True) if isinstance(part, nn.layer.norm._BatchNormBase)]
+    passes = 0
+
+    def forward(value):
+        nonlocal passes
+        passes += 1
+        if passes == 1:
+            return layer(value)
+        momenta = [norm._momentum for norm in norms]
+        for norm in norms:
+            norm._momentum = 1.0
+        try:
+            return layer(value)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm._momentum = momentum
+
+    return paddle_recompute(forward, x, use_reentrant=False)
