@@ -1,0 +1,342 @@
+"""The configuration of a run: typed, frozen, checked before anything heavy is imported.
+
+A YAML file holds one mapping a section; ``section.key=value`` on the command line overrides it, the value being YAML::
+
+    config = load_config("configs/ms1mv2_r50.yaml", ["run.epochs=2", "head.margin.name=cosface"])
+    config.optim.lr, config.model.kwargs(), dump_config(config)
+
+A wrong key or value raises ``ConfigError``: one line with the file, the setting, the value and the nearest valid name.
+Every default stands below beside its meaning and unit; ``steps`` are updates (not micro-batches).
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line."""
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys are errors; NaN and infinity are no numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """What is run, where, and how long."""
+
+    output: str | None = None  # run directory; work_dirs/<name of the YAML file> if not given
+    seed: NonNegativeInt = 2048
+    device: Literal["auto", "cpu", "gpu", "npu", "xpu"] = "auto"  # auto: gpu where one is usable, else cpu
+    epochs: PositiveInt = 20
+    max_steps: NonNegativeInt = 0  # stop after so many updates (the schedule then ends there); 0: by epochs
+    batch_size: PositiveInt = 128  # images of one rank in one micro-batch
+    accumulation: PositiveInt = 1  # micro-batches an update, averaged
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the backbone; the head's softmax is always float32
+    loss_scale: PositiveFloat = 65536.0  # initial fp16 loss scale, adapted while running
+    compile: bool = False  # paddle.jit.to_static for the backbone
+    sync_bn: bool = False  # batch-norm statistics over all ranks
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of an averaged copy of the backbone; 0: none
+    max_skips: PositiveInt = 50  # stop after so many non-finite updates in a row
+    hang_timeout: NonNegativeFloat = 1800.0  # seconds without a finished step before a rank gives up; 0: never
+
+
+class AugmentConfig(Section):
+    """Probability of each augmentation, a sample; all but the flip are off by default."""
+
+    flip: float = Field(0.5, ge=0, le=1)
+    crop: float = Field(0.0, ge=0, le=1)
+    low_resolution: float = Field(0.0, ge=0, le=1)
+    photometric: float = Field(0.0, ge=0, le=1)
+    blur: float = Field(0.0, ge=0, le=1)
+    grey: float = Field(0.0, ge=0, le=1)
+    erase: float = Field(0.0, ge=0, le=1)
+
+
+class DataConfig(Section):
+    """Where the images come from."""
+
+    kind: Literal["rec", "folder", "list", "celeba", "mnist", "synthetic"] = "rec"
+    root: str | None = None  # folder of the data set
+    prefix: str = "train"  # rec: <root>/<prefix>.rec
+    list_file: str | None = None  # list: file of "path label" lines
+    num_classes: PositiveInt | None = None  # identities; None: as many as the data says
+    num_images: PositiveInt | None = None  # synthetic: images an epoch; others: read from the data
+    resize: bool = False  # images of another size are resized instead of refused
+    crop: tuple[int, int, int, int] | None = None  # celeba: left, top, right, bottom of the face in the picture
+    split: str | None = None  # mnist, celeba: part of the set
+    num_threads: PositiveInt = 2  # decoder threads (or processes) of one rank
+    mode: Literal["thread", "process"] = "thread"
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ModelConfig(Section):
+    """Exactly ``network`` and the keyword arguments of ``backbones.build_backbone``; None: the backbone's default."""
+
+    network: str = "iresnet50"
+    embedding_size: PositiveInt = 512
+    dropout: float = Field(0.0, ge=0, lt=1)
+    width: PositiveInt | None = None
+    input_size: PositiveInt = 112
+    recompute: bool | None = None  # forget activations, compute them again in backward
+    data_format: Literal["NCHW", "NHWC"] | None = None
+    in_channels: PositiveInt | None = None
+    pool: Literal["avg", "flatten"] | None = None
+    se: bool | None = None
+    mask_ratio: float | None = Field(None, ge=0, lt=1)
+    drop_path: float | None = Field(None, ge=0, lt=1)
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for ``build_backbone(self.network, **kwargs)``."""
+        return {key: value for key, value in self.model_dump().items() if key != "network" and value is not None}
+
+
+class MarginConfig(Section):
+    """``losses.build_margin(name, **params)``; a parameter left out takes the margin's own default."""
+
+    name: str = "arcface"
+    s: PositiveFloat | None = None  # scale of the logits
+    m: float | None = None
+    m1: float | None = None  # cos(m1 * theta + m2) - m3
+    m2: float | None = None
+    m3: float | None = None
+    easy_margin: bool | None = None
+    gradient: Literal["exact", "straight_through"] | None = None
+    interclass_filter: float | None = None  # non-targets above this cosine are dropped
+    focal_gamma: NonNegativeFloat | None = None
+    h: float | None = None  # AdaFace
+    t_alpha: float | None = None  # AdaFace
+    l_a: float | None = None  # MagFace: norm range, margin range and weight of its loss term
+    u_a: float | None = None
+    l_m: float | None = None
+    u_m: float | None = None
+    lambda_g: float | None = None
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for ``build_margin(self.name, **kwargs)``."""
+        return {key: value for key, value in self.model_dump().items() if key != "name" and value is not None}
+
+
+class HeadConfig(Section):
+    """The class-sharded softmax head (Partial FC)."""
+
+    margin: MarginConfig = MarginConfig()
+    sample_rate: float = Field(1.0, ge=0, le=1)  # share of the classes in a step's softmax; 0: positives only
+    optimizer: Literal["sgd", "adamw"] | None = None  # None: as the backbone (LARS: sgd)
+    update: Literal["dense", "sampled"] = "dense"  # what unsampled rows go through: momentum and decay, or nothing
+    momentum: float | None = Field(None, ge=0, lt=1)  # None: as optim
+    weight_decay: NonNegativeFloat | None = None  # None: as optim
+    lr_scale: PositiveFloat = 1.0  # the head's learning rate is lr times this
+    matmul_dtype: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the class products on GPU
+    chunk: PositiveInt | None = None  # classes handled at a time; None: chosen for the device
+
+
+class OptimConfig(Section):
+    """How the backbone is updated."""
+
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    lr: NonNegativeFloat = 0.1
+    lr_batch: PositiveInt | None = None  # lr is meant for this global batch and scaled linearly; None: taken as it is
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 5e-4
+    decay_norm_bias: bool = True  # False: norms and biases are not decayed
+    trust: PositiveFloat = 0.001  # LARS
+    clip_norm: NonNegativeFloat = 5.0  # global norm of the backbone's gradient; 0: no clipping
+    backbone_lr_scale: NonNegativeFloat = 1.0  # fine-tuning: the backbone's learning rate is lr times this
+
+
+class ScheduleConfig(Section):
+    """Learning rate over updates, warm-up from the first one."""
+
+    name: Literal["poly", "step", "multistep", "cosine", "constant"] = "poly"
+    warmup_epochs: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 0  # instead of warmup_epochs
+    power: PositiveFloat = 1.0  # poly
+    milestones: tuple[PositiveFloat, ...] = ()  # step, multistep: epochs; "step" is the ancestor's (one epoch early)
+    gamma: PositiveFloat = 0.1  # step, multistep
+    min_lr: NonNegativeFloat = 0.0  # poly, cosine
+
+
+class VerifyConfig(Section):
+    """Pair verification while training."""
+
+    root: str | None = None  # folder of the .bin sets; None: data.root
+    sets: tuple[str, ...] = ()  # names (<root>/<name>.bin) or paths
+    every_steps: NonNegativeInt = 2000  # 0: only at the end
+    at_end: bool = True
+    batch_size: PositiveInt = 64
+    patience: NonNegativeInt = 0  # stop after so many verifications without a new best mean accuracy; 0: never
+
+
+class CheckpointConfig(Section):
+    """What survives, and how often it is written."""
+
+    every_steps: NonNegativeInt = 2000  # 0: only at the end
+    keep: PositiveInt = 3  # newest ones kept, the best beside them
+    asynchronous: bool = True  # the loop waits only for the copy
+    resume: str = "never"  # never | auto (the latest usable one if there is one) | latest | path of a checkpoint
+
+
+class LogConfig(Section):
+    """What is told, and how often."""
+
+    every_steps: PositiveInt = 50
+    tensorboard: bool = True
+    visualdl: bool = False
+    angles: bool = True  # theta to the own and to the nearest other class, on each logged step
+    plane_every_steps: NonNegativeInt = 0  # 2-D embeddings: draw the plane so often; 0: never
+    samples: NonNegativeInt = 0  # training images shown in the event file at start
+    spike: PositiveFloat = 3.0  # a loss above its running mean by so many standard deviations and half the mean is told
+
+
+class InitConfig(Section):
+    """Weights to start from (fine-tuning); ``--resume`` takes precedence."""
+
+    backbone: str | None = None
+    head: str | None = None
+    freeze: tuple[str, ...] = ()  # leading parts of parameter names, e.g. [conv1, bn1, layer1]
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    head: HeadConfig = HeadConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    verify: VerifyConfig = VerifyConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    init: InitConfig = InitConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        if self.schedule.name in ("step", "multistep") and not self.schedule.milestones:
+            raise ValueError(f"schedule.milestones: () with schedule.name={self.schedule.name}; list the epochs")
+        if self.schedule.warmup_epochs and self.schedule.warmup_steps:
+            raise ValueError("schedule.warmup_steps and schedule.warmup_epochs are both set; give one of them")
+        if self.verify.patience and not self.verify.sets:
+            raise ValueError(f"verify.patience: {self.verify.patience} without verify.sets; name the .bin sets")
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides, check everything.
+
+    Args:
+        path: YAML file; None: the defaults alone.
+        overrides: strings such as ``optim.lr=0.02``; the value is parsed as YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, a value does not fit.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror or error}; give the path of a YAML configuration") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+        tree = {} if tree is None else tree
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: {str(tree)[:60]!r} is no mapping of sections such as 'run:' and 'data:'")
+    tree = {name: {} if section is None else section for name, section in tree.items()}
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path or 'configuration'}: {_explain(error)}") from None
+    if config.run.output is None:
+        name = Path(path).stem if path is not None else "run"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"output": f"work_dirs/{name}"})})
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """YAML text that ``load_config`` reads back to an equal configuration; unset optional keys are left out."""
+    tree = config.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted setting name, sections included, e.g. ``run``, ``run.seed``, ``head.margin.s``."""
+    names = []
+    for key, field in section.model_fields.items():
+        names.append(prefix + key)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += setting_names(field.annotation, f"{prefix}{key}.")
+    return names
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"override {override!r}: write section.key=value, e.g. optim.lr=0.02")
+    if name.strip() not in setting_names():
+        raise ConfigError(f"override {override!r}: {_unknown(name.strip())}")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: no valid YAML value: {' '.join(str(error).split())}") from None
+    node = tree
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {key!r} holds {node!r} in the file, not a section")
+    node[keys[-1]] = value
+
+
+def _unknown(name: str) -> str:
+    """``unknown setting 'x'; did you mean 'y'?`` with the nearest name, dotted, of the same section if there is one."""
+    known = setting_names()
+    section = name.rpartition(".")[0]
+    siblings = [candidate for candidate in known if candidate.rpartition(".")[0] == section]
+    leaf = name.rpartition(".")[2]
+    same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
+    nearest = (
+        difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
+        or same_leaf[:1]
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        or difflib.get_close_matches(name, siblings or known, n=1, cutoff=0.0)
+    )
+    return f"unknown setting {name!r}; did you mean {nearest[0]!r}?"
+
+
+def _explain(error: ValidationError) -> str:
+    """The first few problems of a validation, as one line."""
+    problems = []
+    for problem in error.errors()[:4]:
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            problems.append(_unknown(name))
+        elif not name:
+            problems.append(problem["msg"].removeprefix("Value error, "))
+        else:
+            problems.append(f"{name}: {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "; ".join(problems)
