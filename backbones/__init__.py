@@ -8,10 +8,13 @@ from collections.abc import Callable
 
 from paddle import nn
 
-from backbones import iresnet
+from backbones.iresnet import DEPTHS, IResNet
+from backbones.mobilefacenet import SETTINGS as MOBILE_SETTINGS
+from backbones.mobilefacenet import MobileFaceNet
 
 BACKBONES: dict[str, Callable[..., nn.Layer]] = {
-    name: functools.partial(iresnet.IResNet, depths) for name, depths in iresnet.DEPTHS.items()
+    **{name: functools.partial(IResNet, depths=depths) for name, depths in DEPTHS.items()},
+    **{name: functools.partial(MobileFaceNet, **settings) for name, settings in MOBILE_SETTINGS.items()},
 }
 ALIASES = {
     "r18": "iresnet18",
@@ -19,7 +22,11 @@ ALIASES = {
     "r50": "iresnet50",
     "r100": "iresnet100",
     "r200": "iresnet200",
+    "mbf": "mobilefacenet",
+    "mbf_large": "mobilefacenet_large",
 }
+# What makes a name of the registry that name; everything else in a class's signature is the user's to choose.
+_FIXED = ("depths", "hidden_ratio")
 
 
 def build_backbone(name: str, **options) -> nn.Layer:
@@ -28,7 +35,8 @@ def build_backbone(name: str, **options) -> nn.Layer:
     Args:
         name: a key of ``BACKBONES`` or ``ALIASES``.
         options: ``embedding_size`` (512), ``dropout`` (0.0), ``width``, ``input_size`` (112 pixels), ``recompute``
-            (False), ``data_format`` (NCHW) and what the family adds; its class documents them.
+            (False), ``data_format`` (NCHW) and what the family adds; its class documents them. None stands for the
+            default.
 
     Returns:
         A layer: float [B, 3, H, W] in [-1, 1] -> raw embedding [B, embedding_size]. It has ``input_size`` and
@@ -38,12 +46,11 @@ def build_backbone(name: str, **options) -> nn.Layer:
         ValueError: an unknown name (the nearest is named) or an option that the family lacks.
     """
     canonical = resolve_name(name)
-    builder = BACKBONES[canonical]
     known = available_options(canonical)
     for option in options:
         if option not in known:
             raise ValueError(f"backbone {name!r} has no option {option!r}; it has {', '.join(known)}")
-    return builder(**options)
+    return BACKBONES[canonical](**{option: value for option, value in options.items() if value is not None})
 
 
 def resolve_name(name: str) -> str:
@@ -59,7 +66,7 @@ def resolve_name(name: str) -> str:
 def available_options(name: str) -> list[str]:
     """Names of the options that ``build_backbone(name, ...)`` takes."""
     parameters = inspect.signature(BACKBONES[resolve_name(name)]).parameters
-    return [key for key in parameters if key not in ("depths", "self")]
+    return [key for key in parameters if key not in _FIXED]
 
 
 def count_parameters(layer: nn.Layer) -> int:
