@@ -1,0 +1,47 @@
+"""Align a face crop by its five landmarks: closed-form similarity transform, then one warp.
+
+The best rotation, scale and shift in the plane is a complex linear least-squares fit: with points as complex numbers,
+``target = a * source + b`` has ``a = sum(conj(s) t) / sum(|s|^2)`` over centred points (Umeyama 1991 gives the same by
+an SVD; in two dimensions none is needed, and a reflection cannot come out).
+"""
+
+import cv2
+import numpy as np
+
+# Eyes, nose tip, mouth corners (x, y) in a 112 x 112 face crop.
+ARCFACE_TEMPLATE = (
+    (38.2946, 51.6963),
+    (73.5318, 51.5014),
+    (56.0252, 71.7366),
+    (41.5493, 92.3655),
+    (70.7299, 92.2041),
+)
+
+
+def similarity_transform(source_K2: np.ndarray, target_K2: np.ndarray) -> np.ndarray:
+    """The 2x3 matrix of the least-squares similarity that takes the source points to the target points, float64.
+
+    Raises:
+        ValueError: shapes differ, a value is not finite, or all source points coincide.
+    """
+    source_K2, target_K2 = np.asarray(source_K2, np.float64), np.asarray(target_K2, np.float64)
+    if source_K2.shape != target_K2.shape or source_K2.ndim != 2 or source_K2.shape[1] != 2:
+        raise ValueError(f"landmarks of shapes {source_K2.shape} and {target_K2.shape}; both must be [points, 2]")
+    source, target = (points[:, 0] + 1j * points[:, 1] for points in (source_K2, target_K2))
+    source_mean, target_mean = source.mean(), target.mean()
+    centred = source - source_mean
+    spread = float(np.sum(np.abs(centred) ** 2))
+    if not np.isfinite(spread) or spread == 0 or not np.isfinite(target).all():
+        raise ValueError(f"landmarks {source_K2.tolist()} coincide or are not finite; they define no alignment")
+    a = np.sum(centred.conj() * (target - target_mean)) / spread
+    b = target_mean - a * source_mean
+    return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+
+
+def align_face(image: np.ndarray, landmark_52: np.ndarray, size: int = 112) -> np.ndarray:
+    """Warp a crop (uint8, [H, W] or [H, W, C]) to ``size`` x ``size``, landmarks on the scaled template.
+
+    Bilinear, black outside the crop.
+    """
+    template_52 = np.asarray(ARCFACE_TEMPLATE) * (size / 112)
+    return cv2.warpAffine(image, similarity_transform(landmark_52, template_52), (size, size), borderValue=0)
