@@ -1,0 +1,192 @@
+"""Open the index of a record file; rebuild it by a scan where it is missing or stops early.
+
+The key is not in the record file. Where the file holds an InsightFace header record (flag 2, id 0, no image bytes) the
+keys are the ids in the record headers; elsewhere they are the ordinals, 0 for the first record.
+"""
+
+import os
+import stat
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mxnet_reader.errors import RecordError
+from mxnet_reader.file import RecordFile
+from mxnet_reader.format import IMAGE_HEADER
+from mxnet_reader.index import RecordIndex, read_index, write_index
+
+NUM_PROBES = 64  # places at which an index that stops early is tested for being a prefix, not a subset
+FLUSH = 1 << 16
+
+
+def open_index(file: RecordFile, idx_path: str | os.PathLike | None, write: bool = True) -> RecordIndex:
+    """The index of ``file``: read, completed, or rebuilt.
+
+    Args:
+        file: the open record file.
+        idx_path: the ``.idx`` file; None or a missing one means a scan of the whole record file.
+        write: store a rebuilt index at ``idx_path`` (never beside data that is read-only).
+
+    Raises:
+        RecordError: the index or the record file is malformed.
+    """
+    if idx_path is None or not os.path.exists(idx_path):
+        index = rebuild_index(file, path=idx_path)
+        if write and idx_path is not None and _may_write(file.path, idx_path):
+            write_index(idx_path, index.keys_N, index.offsets_N)
+        return index
+    index, whole = read_index(idx_path)
+    if len(index) == 0:
+        if file.size:
+            warnings.warn(f"{idx_path} is empty: rebuilding it from {file.path}", stacklevel=3)
+            return rebuild_index(file, path=idx_path)
+        return index
+    return _complete(file, index, whole)
+
+
+def rebuild_index(
+    file: RecordFile,
+    start: int = 0,
+    path: str | os.PathLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    first_ordinal: int = 0,
+    by_id: bool | None = None,
+) -> RecordIndex:
+    """Scan the records from ``start`` on and key them.
+
+    Args:
+        file: the open record file.
+        start: offset of the first record to take.
+        path: name of the index, for messages.
+        progress: called with (bytes done, bytes in all); None prints a line to stderr once a second.
+        first_ordinal: ordinal of the record at ``start``.
+        by_id: True takes the header ids as keys, False ordinals, None decides by the InsightFace header record.
+
+    Raises:
+        RecordError: a damaged record, or two records with one id where ids are keys.
+    """
+    report = progress or _stderr_progress(f"rebuilding the index of {os.path.basename(file.path)}")
+    offset_parts, id_parts, offsets, ids = [], [], [], []
+    has_header, all_have_ids = False, True
+    for record in file.scan(start):
+        offsets.append(record.offset)
+        if len(record.head) >= IMAGE_HEADER.size:
+            flag, _, identity, _ = IMAGE_HEADER.unpack_from(record.head)
+            has_header |= flag == 2 and identity == 0 and record.size == IMAGE_HEADER.size + 8
+            ids.append(identity if identity < 2**63 else -1)
+        else:
+            all_have_ids = False
+            ids.append(-1)
+        if len(offsets) >= FLUSH:
+            offset_parts.append(np.array(offsets, np.int64))
+            id_parts.append(np.array(ids, np.int64))
+            offsets, ids = [], []
+            report(record.end - start, file.size - start)
+    offsets_N = np.concatenate([*offset_parts, np.array(offsets, np.int64)])
+    ids_N = np.concatenate([*id_parts, np.array(ids, np.int64)])
+    report(file.size - start, file.size - start)
+    if by_id if by_id is not None else has_header and all_have_ids:
+        unique, first, counts = np.unique(ids_N, return_index=True, return_counts=True)
+        if (counts > 1).any():
+            twice = int(np.argmax(counts > 1))
+            reason = f"{counts[twice]} records have this id, so that the index cannot be rebuilt from the ids"
+            raise RecordError(file.path, reason, offsets_N[first[twice]], int(unique[twice]))
+        return RecordIndex(ids_N, offsets_N, path or file.path)
+    return RecordIndex(np.arange(first_ordinal, first_ordinal + len(offsets_N)), offsets_N, path or file.path)
+
+
+def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
+    """Add the records behind the last indexed one, if the index is the beginning of a longer one."""
+    keys_N, offsets_N = index.keys_N, index.offsets_N
+    if not whole and not _reads(file, int(offsets_N[-1])):  # the last offset lost its last digits
+        keys_N, offsets_N = keys_N[:-1], offsets_N[:-1]
+        index, whole = RecordIndex(keys_N, offsets_N, index.path), False
+        if len(keys_N) == 0:
+            return rebuild_index(file, path=index.path)
+    last = int(np.argmax(offsets_N))
+    try:
+        end = file.read_record(int(offsets_N[last]), int(keys_N[last]), trust_end=True)[1]
+    except RecordError:
+        return index  # reading that record will say what is wrong
+    if end >= file.size or file.read_bytes(4, end) != b"\x0a\x23\xd7\xce" or not _is_prefix(file, offsets_N):
+        return index
+    warnings.warn(
+        f"{index.path} stops at byte {end} of {file.size} of {file.path}: the records behind it are added by a scan",
+        stacklevel=4,
+    )
+    by_id = any(_is_header(file, offset) for offset in _zero_key_offsets(keys_N, offsets_N))
+    rest = rebuild_index(file, start=end, path=index.path, first_ordinal=len(keys_N), by_id=by_id or None)
+    if not by_id and len(rest) and _has_header(file, rest):
+        by_id = True
+    keys = np.concatenate([keys_N, rest.keys_N])
+    return RecordIndex(keys, np.concatenate([offsets_N, rest.offsets_N]), index.path)
+
+
+def _zero_key_offsets(keys_N: np.ndarray, offsets_N: np.ndarray) -> list[int]:
+    return offsets_N[keys_N == 0].tolist()
+
+
+def _is_header(file: RecordFile, offset: int) -> bool:
+    try:
+        payload, _ = file.read_record(offset, 0, trust_end=True)
+    except RecordError:
+        return False
+    return len(payload) == IMAGE_HEADER.size + 8 and IMAGE_HEADER.unpack_from(payload)[0] == 2
+
+
+def _has_header(file: RecordFile, index: RecordIndex) -> bool:
+    return 0 in index and _is_header(file, index.place(index.row(0))[0])
+
+
+def _reads(file: RecordFile, offset: int) -> bool:
+    try:
+        file.read_record(offset)
+    except RecordError:
+        return False
+    return True
+
+
+def _is_prefix(file: RecordFile, offsets_N: np.ndarray) -> bool:
+    """True if the index covers the file without a gap up to its last record (probed at a few places)."""
+    offsets = np.unique(offsets_N)
+    if offsets[0] != 0:
+        return False
+    for place in np.unique(np.linspace(0, len(offsets) - 2, NUM_PROBES).astype(int)) if len(offsets) > 1 else ():
+        try:
+            end = file.read_record(int(offsets[place]), trust_end=True)[1]
+        except RecordError:
+            continue
+        if end != offsets[place + 1]:
+            return False
+    return True
+
+
+def _may_write(rec_path: str, idx_path: str | os.PathLike) -> bool:
+    """False beside read-only data. The mode bits count even for root, whom the system lets write everywhere."""
+    folder = Path(idx_path).resolve().parent
+    writable = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+    if not all(os.stat(path).st_mode & writable for path in (folder, rec_path)):
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _stderr_progress(what: str) -> Callable[[int, int], None]:
+    started = reported = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal reported
+        now = time.monotonic()
+        finished = done >= total and reported > started
+        if now - reported < 1 and not finished:
+            return
+        reported = now
+        rate = done / max(now - started, 1e-9)
+        left = (total - done) / max(rate, 1)
+        line = f"\r{what}: {100 * done / max(total, 1):3.0f} %, {rate / 2**20:.0f} MiB/s, {left:.0f} s left "
+        print(line, end="\n" if finished else "", file=sys.stderr, flush=True)
+
+    return report
