@@ -1,0 +1,125 @@
+"""Encoded image bytes to RGB pixels, or an error: never wrong pixels, never None.
+
+simplejpeg where it is installed (it releases the GIL and refuses damaged data), OpenCV for PNG and as a fallback.
+Orientation tags are ignored: mxnet ignores them, and aligned faces are upright. Images are uint8 [H, W, 3], RGB.
+"""
+
+import zlib
+
+import cv2
+import numpy as np
+
+try:
+    import simplejpeg
+except ImportError:  # pragma: no cover - tested by setting the name to None
+    simplejpeg = None
+
+JPEG_START = b"\xff\xd8\xff"
+PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+class DecodeError(ValueError):
+    """Bytes that are not a whole image."""
+
+
+def decode_image(encoded: bytes, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode JPEG, PNG or what else OpenCV reads; grey becomes three equal channels.
+
+    Args:
+        encoded: the file's bytes.
+        out: contiguous uint8 [H, W, 3] to decode into if the image has exactly that size.
+
+    Returns:
+        uint8 [H, W, 3] RGB: ``out`` itself if it was given and the size agrees, else a new array.
+
+    Raises:
+        DecodeError: empty, cut or damaged data, naming what is wrong.
+    """
+    if encoded[:3] == JPEG_START and simplejpeg is not None:
+        image = _decode_jpeg(encoded, out)
+        if image is not None:
+            return image
+    check_whole(encoded)
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error as error:
+        raise DecodeError(f"OpenCV cannot decode {len(encoded)} bytes: {error.err}") from error
+    if image is None:
+        raise DecodeError(f"{len(encoded)} bytes starting with {encoded[:4].hex() or 'nothing'} are not a known image")
+    if out is not None and out.shape == image.shape:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _decode_jpeg(encoded: bytes, out: np.ndarray | None) -> np.ndarray | None:
+    """None for the few colour spaces (CMYK) that simplejpeg does not turn into RGB."""
+    try:
+        if out is not None:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+            if colorspace in ("CMYK", "YCCK"):
+                return None
+            if out.shape == (height, width, 3):
+                simplejpeg.decode_jpeg(encoded, buffer=out)
+                return out
+        elif simplejpeg.decode_jpeg_header(encoded)[2] in ("CMYK", "YCCK"):
+            return None
+        return simplejpeg.decode_jpeg(encoded)
+    except ValueError as error:
+        raise DecodeError(f"damaged JPEG of {len(encoded)} bytes: {error}") from error
+
+
+def check_whole(encoded: bytes) -> None:
+    """Refuse a JPEG without its end marker or a PNG whose chunks do not add up; OpenCV would fill in grey.
+
+    Raises:
+        DecodeError: the data is cut or damaged.
+    """
+    if not encoded:
+        raise DecodeError("no image bytes")
+    if encoded[:3] == JPEG_START:
+        start = _first_scan(encoded)
+        if start is None or encoded.find(b"\xff\xd9", start) < 0:
+            raise DecodeError(f"JPEG of {len(encoded)} bytes is cut: no end marker")
+    elif encoded[:8] == PNG_START:
+        position = 8
+        while True:
+            length = int.from_bytes(encoded[position : position + 4], "big")
+            kind, stop = encoded[position + 4 : position + 8], position + 12 + length
+            if len(kind) < 4 or stop > len(encoded):
+                raise DecodeError(f"PNG of {len(encoded)} bytes is cut at byte {position}")
+            if zlib.crc32(encoded[position + 4 : stop - 4]) != int.from_bytes(encoded[stop - 4 : stop], "big"):
+                raise DecodeError(f"PNG chunk {kind!r} at byte {position} fails its checksum")
+            if kind == b"IEND":
+                return
+            position = stop
+
+
+def _first_scan(encoded: bytes) -> int | None:
+    """Offset of the first start-of-scan segment (a thumbnail in an EXIF segment has markers of its own)."""
+    position = 2
+    while position + 4 <= len(encoded) and encoded[position] == 0xFF:
+        marker = encoded[position + 1]
+        if marker == 0xDA:
+            return position
+        if marker == 0xFF:
+            position += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            position += 2
+        else:
+            position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
+    return None
+
+
+def fit_image(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+    """Resize to (height, width): ``stretch`` as it is, ``crop`` after cutting the centre to the same proportions."""
+    height, width = size
+    if mode == "crop":
+        scale = min(image.shape[0] / height, image.shape[1] / width)
+        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+        top, left = (image.shape[0] - rows) // 2, (image.shape[1] - columns) // 2
+        image = image[top : top + rows, left : left + columns]
+    if image.shape[:2] == size:
+        return np.ascontiguousarray(image)
+    shrinks = image.shape[0] > height and image.shape[1] > width
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
