@@ -1,0 +1,156 @@
+"""Images -> embeddings, the one way for verification, IJB, tools and users.
+
+    embedder = load_embedder("work_dirs/run")                     # a run directory, a weights file, .onnx or a layer
+    embedding_ND = embedder(images)                               # uint8 RGB [N, H, W, 3] -> float32 [N, D], raw
+    mirrored_ND = embedder(images, flip=True)                     # the same of the mirror images
+
+Shapes: N images, B one batch, D embedding size, H = W the network's input size in pixels.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from backbones import build_backbone
+from eval.engines import BUILDERS, ENGINES
+from utils.errors import UserError
+from utils.weights import load_state, read_state
+
+RUN_FILES = {"last": "backbone.pdparams", "best": "backbone_best.pdparams"}
+AUTO_ORDER = ("predictor", "onnx", "static", "dynamic")  # fastest on CPU first, as benchmarks/embed.py measures
+
+
+class Embedder:
+    """Callable: uint8 RGB images [N, H, W, 3] -> raw float32 embeddings [N, D].
+
+    Attributes:
+        engine: name of the engine that runs (``dynamic``, ``static``, ``predictor``, ``onnx``).
+        input_size: H = W in pixels.
+        embedding_size: D.
+        batch_size: largest batch handed to the engine.
+    """
+
+    def __init__(self, engine, input_size: int, embedding_size: int, batch_size: int = 64, in_channels: int = 3):
+        self._engine = engine
+        self.engine = engine.name
+        self.input_size = input_size
+        self.embedding_size = embedding_size
+        self.batch_size = batch_size
+        self.in_channels = in_channels
+
+    def __call__(self, images_NHWC: np.ndarray, flip: bool = False) -> np.ndarray:
+        """Embed ``images_NHWC``, or their mirror images with ``flip``; not normalised, any N from 0.
+
+        Raises:
+            ValueError: not uint8 [N, input_size, input_size, 3].
+        """
+        images_NHWC = np.asarray(images_NHWC)
+        size = self.input_size
+        if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"images: {images_NHWC.dtype} {list(images_NHWC.shape)}; expected uint8 [N, {size}, {size}, 3] RGB"
+            )
+        result_ND = np.empty((len(images_NHWC), self.embedding_size), np.float32)
+        for start in range(0, len(images_NHWC), self.batch_size):
+            batch = images_NHWC[start : start + self.batch_size]
+            result_ND[start : start + len(batch)] = self._engine.run(self._prepare(batch, flip))
+        return result_ND
+
+    def _prepare(self, images_BHWC: np.ndarray, flip: bool) -> np.ndarray:
+        if flip:
+            images_BHWC = images_BHWC[:, :, ::-1]
+        image_BCHW = np.ascontiguousarray(images_BHWC.transpose(0, 3, 1, 2), np.float32)
+        image_BCHW /= 127.5
+        image_BCHW -= 1.0
+        return image_BCHW
+
+
+def load_embedder(model, network: str | None = None, engine: str = "auto", batch_size: int = 64, *,
+                  which: str = "last", num_threads: int | None = None) -> Embedder:  # fmt: skip
+    """An ``Embedder`` for a trained model.
+
+    Args:
+        model: a run directory, a weights file (``.pdparams``, ``.safetensors``, ``.pt``), an ``.onnx`` file or a
+            Paddle layer. A layer runs ``dynamic`` unless an engine is named, and keeps its train/eval mode.
+        network: name of the backbone, needed for a weights file outside a run directory.
+        engine: ``auto`` (the fastest that works here; what does not is named on stderr) or one of ``ENGINES``.
+        batch_size: largest batch.
+        which: weights of a run directory: ``last`` or ``best``.
+        num_threads: CPU threads; None: all this process may use, shared with the other ranks of the machine.
+
+    Raises:
+        UserError: nothing usable at ``model``; weights that do not fit; an engine that cannot run.
+    """
+    if engine not in ("auto", *ENGINES):
+        raise UserError(f"engine {engine!r}: choose auto, {', '.join(ENGINES)}")
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be at least 1")
+    if str(model).endswith(".onnx") and engine in ("auto", "onnx"):
+        running = _first_that_works(("onnx",), _existing(model), num_threads or default_threads())
+        return Embedder(running, running.input_size, running.embedding_size, batch_size, running.in_channels)
+    is_layer = not isinstance(model, str | os.PathLike)
+    if is_layer:
+        layer, order = model, ("dynamic",) if engine == "auto" else (engine,)
+    else:
+        num_threads = num_threads or default_threads()
+        layer, order = load_backbone(model, network, which), AUTO_ORDER if engine == "auto" else (engine,)
+    running = _first_that_works(order, layer, num_threads)
+    return Embedder(running, layer.input_size, layer.embedding_size, batch_size, getattr(layer, "in_channels", 3))
+
+
+def load_backbone(model: str | Path, network: str | None = None, which: str = "last"):
+    """The backbone at ``model`` (run directory or weights file) with its weights, in evaluation mode."""
+    path = Path(model)
+    if path.is_dir():
+        if which not in RUN_FILES:
+            raise UserError(f"which {which!r}: choose {' or '.join(RUN_FILES)}")
+        path = path / RUN_FILES[which]
+    _existing(path)
+    options = model_options(path.parent) if network is None else {"network": network}
+    if options is None:
+        raise UserError(f"{path}: name its network (no config.yaml beside it), for example network=iresnet50")
+    options = dict(options)
+    layer = build_backbone(options.pop("network"), **options)
+    load_state(layer, read_state(path), path)
+    layer.eval()
+    return layer
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such weights file")
+    return Path(path)
+
+
+def model_options(run: Path) -> dict | None:
+    """The ``model:`` section of ``run/config.yaml`` (network and options of build_backbone), None without the file."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        return None
+    with open(path) as file:
+        section = (yaml.safe_load(file) or {}).get("model")
+    if not isinstance(section, dict) or "network" not in section:
+        raise UserError(f"{path}: no model.network in it; is this the config.yaml of a run?")
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def default_threads() -> int:
+    """CPU cores this process may use, divided by the ranks on this machine."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_cores // max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))))
+
+
+def _first_that_works(order: tuple[str, ...], layer, num_threads: int | None):
+    for position, name in enumerate(order):
+        try:
+            return BUILDERS[name](layer, num_threads)
+        except Exception as error:
+            # An engine may lack its package or refuse the machine in many ways; the reason is told, then the next.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            if position + 1 == len(order):
+                raise UserError(f"engine {name!r} cannot run here: {reason}") from error
+            print(f"engine {name} cannot run here ({reason}); trying {order[position + 1]}", file=sys.stderr)
+    raise UserError("no engine named")

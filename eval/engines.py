@@ -1,0 +1,186 @@
+"""Engines: ways to run one backbone. Each maps float32 [B, 3, H, W] in [-1, 1] to float32 [B, D] in ``run``.
+
+``dynamic`` runs the layer as it is; ``static`` compiles it (``paddle.jit.to_static``, oneDNN on CPU) and shares its
+weights; ``predictor`` (``paddle.inference``, oneDNN on CPU) and ``onnx`` (onnxruntime) work on a copy of the weights.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddle.base import core
+
+ENGINES = ("dynamic", "static", "predictor", "onnx")
+OPSET = 15  # the lowest that covers what the backbones use, so that old runtimes read the files
+
+
+class DynamicEngine:
+    """The layer itself, in evaluation mode, without gradients; the layer's own mode is restored after each call."""
+
+    name = "dynamic"
+
+    def __init__(self, layer, num_threads: int | None = None):
+        self.layer = layer
+        self.num_threads = num_threads
+
+    def run(self, image_BCHW: np.ndarray) -> np.ndarray:
+        """[B, 3, H, W] -> [B, D]."""
+        if self.num_threads:
+            core.set_num_threads(self.num_threads)
+        training = [part for part in self.layer.sublayers(include_self=True) if part.training]
+        self.layer.eval()
+        try:
+            with paddle.no_grad():
+                return self._forward(paddle.to_tensor(image_BCHW)).astype("float32").numpy()
+        finally:
+            for part in training:
+                part.training = True
+
+    def _forward(self, image):
+        return self.layer(image)
+
+
+class StaticEngine(DynamicEngine):
+    """The layer compiled once; its weights are shared, so later training is seen."""
+
+    name = "static"
+
+    def __init__(self, layer, num_threads: int | None = None):
+        super().__init__(layer, num_threads)
+        layer_mode = [(part, part.training) for part in layer.sublayers(include_self=True)]
+        layer.eval()
+        self._compiled = paddle.jit.to_static(layer.forward, input_spec=[image_spec(layer)], full_graph=True)
+        for part, training in layer_mode:
+            part.training = training
+        self._on_cpu = paddle.get_device() == "cpu"
+
+    def _forward(self, image):
+        if not self._on_cpu:
+            return self._compiled(image)
+        before = paddle.get_flags(["FLAGS_use_mkldnn"])
+        paddle.set_flags({"FLAGS_use_mkldnn": True})
+        try:
+            return self._compiled(image)
+        finally:
+            paddle.set_flags(before)
+
+
+class PredictorEngine:
+    """Paddle Inference on an exported model (a layer is exported to a temporary folder first)."""
+
+    name = "predictor"
+
+    def __init__(self, model, num_threads: int | None = None):
+        import paddle.inference as inference
+
+        with tempfile.TemporaryDirectory() as folder:
+            prefix = model if isinstance(model, str | Path) else save_inference_model(model, Path(folder) / "model")
+            program, weights = inference_files(prefix)
+            config = inference.Config(str(program), str(weights))
+            config.disable_glog_info()
+            if paddle.get_device() == "cpu":
+                config.disable_gpu()
+                config.enable_mkldnn()
+                config.set_mkldnn_cache_capacity(8)  # one entry a batch size: bounded memory
+                config.set_cpu_math_library_num_threads(num_threads or 1)
+            else:
+                config.enable_use_gpu(256, int(paddle.get_device().rsplit(":", 1)[-1]))
+            self._predictor = inference.create_predictor(config)
+        self._input = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
+        self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+
+    def run(self, image_BCHW: np.ndarray) -> np.ndarray:
+        """[B, 3, H, W] -> [B, D]."""
+        self._input.reshape(image_BCHW.shape)
+        self._input.copy_from_cpu(image_BCHW)
+        self._predictor.run()
+        return self._output.copy_to_cpu()
+
+
+class OnnxEngine:
+    """onnxruntime on an ``.onnx`` file (a layer is exported to a temporary one first).
+
+    Attributes:
+        input_size: height = width the file asks for (112 where it leaves them open).
+        fixed_batch: the batch size the file insists on, None if any.
+        embedding_size: D.
+    """
+
+    name = "onnx"
+
+    def __init__(self, model, num_threads: int | None = None):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads or 1
+        options.log_severity_level = 3
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider")
+                     if name in onnxruntime.get_available_providers()]  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            path = model if isinstance(model, str | Path) else save_onnx(model, Path(folder) / "model.onnx")
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        (source,) = self._session.get_inputs()
+        self._name = source.name
+        batch, channels, height, width = (size if isinstance(size, int) and size > 0 else None for size in source.shape)
+        if height != width:
+            raise ValueError(f"the input is {source.shape}, not square images")
+        self.fixed_batch, self.in_channels, self.input_size = batch, channels or 3, height or 112
+        probe = np.zeros((batch or 1, self.in_channels, self.input_size, self.input_size), np.float32)
+        self.embedding_size = self.run(probe).shape[1]
+
+    def run(self, image_BCHW: np.ndarray) -> np.ndarray:
+        """[B, 3, H, W] -> [B, D]."""
+        num_images, step = len(image_BCHW), self.fixed_batch
+        if step is None or num_images == step:
+            return self._session.run(None, {self._name: image_BCHW})[0]
+        parts = []
+        for start in range(0, num_images, step):
+            part = image_BCHW[start : start + step]
+            padded = np.zeros((step, *part.shape[1:]), part.dtype)
+            padded[: len(part)] = part
+            parts.append(self._session.run(None, {self._name: padded})[0][: len(part)])
+        return np.concatenate(parts)
+
+
+BUILDERS = {"dynamic": DynamicEngine, "static": StaticEngine, "predictor": PredictorEngine, "onnx": OnnxEngine}
+
+
+def image_spec(layer) -> paddle.static.InputSpec:
+    """The input of a backbone with a free batch size: float32 [-1, C, H, W]."""
+    size = layer.input_size
+    return paddle.static.InputSpec([None, getattr(layer, "in_channels", 3), size, size], "float32", "image")
+
+
+def save_inference_model(layer, prefix: str | Path) -> Path:
+    """Write ``layer`` in evaluation mode as a Paddle inference model with a free batch size; returns ``prefix``."""
+    layer_mode = [(part, part.training) for part in layer.sublayers(include_self=True)]
+    layer.eval()
+    try:
+        paddle.jit.save(layer, str(prefix), input_spec=[image_spec(layer)])
+    finally:
+        for part, training in layer_mode:
+            part.training = training
+    return Path(prefix)
+
+
+def inference_files(prefix: str | Path) -> tuple[Path, Path]:
+    """(program, weights) of an exported model: ``.json`` since Paddle 3.0, ``.pdmodel`` before."""
+    prefix = Path(prefix)
+    if prefix.suffix in (".json", ".pdmodel", ".pdiparams"):
+        prefix = prefix.with_suffix("")
+    program = next((p for p in (Path(f"{prefix}.json"), Path(f"{prefix}.pdmodel")) if p.is_file()), None)
+    if program is None:
+        raise FileNotFoundError(f"{prefix}: no {prefix.name}.json or {prefix.name}.pdmodel there")
+    return program, Path(f"{prefix}.pdiparams")
+
+
+def save_onnx(layer, path: str | Path, opset: int = OPSET) -> Path:
+    """Write ``layer`` in evaluation mode as ONNX with a free batch size; needs paddle2onnx."""
+    import paddle2onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        program, weights = inference_files(save_inference_model(layer, Path(folder) / "model"))
+        # optimize_tool: the default folds constants with a tool that installs packages by itself.
+        paddle2onnx.export(str(program), str(weights), str(path), opset_version=opset, optimize_tool="None")
+    return Path(path)
