@@ -1,0 +1,225 @@
+"""Where a run's figures go: console, ``train.log``, ``metrics.jsonl``, TensorBoard, VisualDL. Rank 0 writes.
+
+``metrics.jsonl`` has one JSON object a line, ``kind`` being ``train``, ``verify`` or ``event``. A resumed run first drops the
+lines of updates that it will do again, so the file always holds one line an update logged.
+"""
+
+import json
+import logging
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is told about training, averaged since the last line where it is a rate or a share."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    images_s: float  # of all ranks
+    data_wait: float  # share of the time spent waiting for the loader, 0..1
+    grad_norm: float  # of the backbone, before clipping
+    theta_own: float | None  # mean angle to the own class, degrees
+    theta_other: float | None  # mean angle to the nearest other (sampled) class, degrees
+    train_accuracy: float | None  # share of images nearer to their own class than to any other sampled one
+    loss_scale: float
+    skipped: int  # updates skipped since the start
+    memory_mb: float  # resident (cpu) or allocated on the device, this rank's peak
+    eta_s: float
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [
+            f"step {self.step}",
+            f"epoch {self.epoch:.2f}",
+            f"loss {self.loss:.4f}",
+            f"lr {self.lr:.3g}",
+            f"{self.images_s:.1f} images/s",
+            f"wait {100 * self.data_wait:.0f}%",
+            f"|g| {self.grad_norm:.3g}",
+        ]
+        if self.theta_own is not None:
+            parts.append(f"theta {self.theta_own:.1f}/{self.theta_other:.1f} deg")
+        if self.loss_scale != 1:
+            parts.append(f"scale {self.loss_scale:g}")
+        if self.skipped:
+            parts.append(f"skipped {self.skipped}")
+        return "  ".join([*parts, f"ETA {duration(self.eta_s)}"])
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``; ``?`` if unknown."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class RunLog:
+    """The log of one run. On ranks other than 0 only warnings are shown, on stderr with the rank's number.
+
+    Args:
+        run_dir: the run directory, made if it is missing (rank 0).
+        resume_step: lines of later updates are dropped from ``metrics.jsonl``; None starts the file anew.
+        total_steps: length of the progress bar.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        rank: int = 0,
+        tensorboard: bool = False,
+        visualdl: bool = False,
+        resume_step: int | None = None,
+        total_steps: int = 0,
+    ):
+        self.run_dir, self.rank = Path(run_dir), rank
+        self._logger = logging.getLogger(f"run.{self.run_dir}.{rank}")
+        self._logger.handlers.clear()
+        self._logger.propagate = False
+        self._logger.setLevel(logging.INFO)
+        self._writers, self._jsonl, self._progress, self._task = [], None, None, None
+        if rank != 0:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.run_dir / "train.log", mode="a" if resume_step is not None else "w")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._logger.addHandler(handler)
+        metrics = self.run_dir / "metrics.jsonl"
+        kept = _lines_until(metrics, resume_step) if resume_step is not None else []
+        metrics.write_text("".join(kept), encoding="utf-8")
+        self._jsonl = open(metrics, "a", encoding="utf-8", buffering=1)
+        if tensorboard:
+            self._writers.append(_tensorboard(self.run_dir / "events", resume_step))
+        if visualdl:
+            self._writers.append(_visualdl(self.run_dir / "visualdl"))
+        self._start_progress(total_steps, resume_step or 0)
+
+    def info(self, message: str) -> None:
+        """A line for people, on rank 0."""
+        if self.rank == 0:
+            self._logger.info(message)
+            self._print(message)
+
+    def warning(self, message: str) -> None:
+        """A warning, on every rank that has one."""
+        if self.rank == 0:
+            self._logger.warning(message)
+            self._print(f"warning: {message}")
+        else:
+            print(f"warning (rank {self.rank}): {message}", file=sys.stderr, flush=True)
+
+    def train(self, metrics: StepMetrics) -> None:
+        """Figures of an update."""
+        if self.rank != 0:
+            return
+        record = asdict(metrics)
+        self._record("train", record)
+        self._logger.info(metrics.line())
+        if self._progress is None:
+            self._print(metrics.line())
+        else:
+            self._progress.update(self._task, completed=metrics.step, line=metrics.line())
+        self.scalars({f"train/{key}": value for key, value in record.items() if key != "step"}, metrics.step)
+
+    def verify(self, step: int, name: str, figures: dict[str, float]) -> None:
+        """Figures of a verification set."""
+        if self.rank != 0:
+            return
+        self._record("verify", {"step": step, "set": name, **figures})
+        self.info(f"step {step}  {name}  " + "  ".join(f"{key} {value:.4f}" for key, value in figures.items()))
+        self.scalars({f"verify/{name}/{key}": value for key, value in figures.items()}, step)
+
+    def event(self, step: int, what: str, **details) -> None:
+        """Something worth a line of its own in ``metrics.jsonl`` (resume, spike, skip, stop)."""
+        if self.rank == 0:
+            self._record("event", {"step": step, "what": what, **details})
+
+    def scalars(self, values: dict[str, float | None], step: int) -> None:
+        """Numbers into the event files."""
+        for writer in self._writers:
+            for key, value in values.items():
+                if value is not None and math.isfinite(value):
+                    writer.add_scalar(key, value, step)
+
+    def image(self, name: str, picture_HWC, step: int) -> None:
+        """A uint8 RGB picture into the event files."""
+        for writer in self._writers:
+            if hasattr(writer, "add_image"):
+                writer.add_image(name, picture_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        for writer in self._writers:
+            writer.close()
+        self._writers = []
+        if self._jsonl is not None:
+            self._jsonl.close()
+            self._jsonl = None
+        for handler in self._logger.handlers:
+            handler.close()
+        self._logger.handlers.clear()
+
+    def _record(self, kind: str, record: dict) -> None:
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._jsonl.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **clean}) + "\n")
+
+    def _print(self, message: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(message, highlight=False, markup=False)
+        else:
+            print(message, flush=True)
+
+    def _start_progress(self, total_steps: int, completed: int) -> None:
+        if not sys.stdout.isatty():  # log files and pipes get plain lines
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
+        self._progress = Progress(*columns)
+        self._task = self._progress.add_task("train", total=total_steps, completed=completed, line="")
+        self._progress.start()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Lines of ``metrics.jsonl`` up to and including an update; a cut last line is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _tensorboard(folder: Path, resume_step: int | None):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "log.tensorboard: true, but tensorboardX is not installed; pip install tensorboardX or "
+            "set log.tensorboard=false"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+
+
+def _visualdl(folder: Path):
+    try:
+        from visualdl import LogWriter
+    except ImportError:
+        raise UserError(
+            "log.visualdl: true, but visualdl is not installed; pip install visualdl==2.5.3 or set log.visualdl=false"
+        ) from None
+    return LogWriter(logdir=str(folder))
