@@ -141,6 +141,7 @@ class _Machine:
     def __init__(self, path: str, data: bytes, names: dict[str, str], dtype_ok: Callable) -> None:
         self.path, self.data, self.names, self.dtype_ok = path, data, names, dtype_ok
         self.position, self.stack, self.marks, self.memo = 0, [], [], {}
+        self.handlers, self.calls = _HANDLERS, _CALLS  # utils/torch_pickle.py adds tensors
 
     def refuse(self, reason: str) -> UnsafePickleError:
         return UnsafePickleError(f"{self.path}: {reason} (byte {self.position}); refused, nothing was executed")
@@ -165,7 +166,7 @@ class _Machine:
         return layout.unpack(self.take(layout.size))[0]
 
     def run(self) -> object:
-        stack, handlers = self.stack, _HANDLERS
+        stack, handlers = self.stack, self.handlers
         while True:
             code = self.take(1)
             if code == pickle.STOP:
@@ -241,7 +242,7 @@ class _Machine:
         arguments, called = self.pop(), self.pop()
         if not isinstance(called, _Name) or not isinstance(arguments, tuple):
             raise self.refuse("a call of what is not a known name")
-        self.push(_CALLS[called.name](self, *arguments))
+        self.push(self.calls[called.name](self, *arguments))
 
     def build(self) -> None:
         state, target = self.pop(), self.pop()
