@@ -56,7 +56,7 @@ class RecordFile:
         self._open()
 
     def _open(self) -> None:
-        self._handle = open(self.path, "rb", buffering=0)
+        self._handle = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as this object
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._fd = self._handle.fileno()
         self._read_at = self._pread if self._use_pread else self._locked_read

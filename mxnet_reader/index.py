@@ -33,6 +33,11 @@ class RecordIndex:
     def __len__(self) -> int:
         return len(self.keys_N)
 
+    @property
+    def ascending_by_one(self) -> bool:
+        """True if the keys are consecutive numbers in ascending order."""
+        return self._first_key is not None
+
     def row(self, key: int) -> int:
         """Row of a key.
 
@@ -106,7 +111,7 @@ def read_index(path: str | os.PathLike) -> tuple[RecordIndex, bool]:
         RecordError: a line that is not two integers, naming it.
     """
     path = os.fspath(path)
-    size = os.path.getsize(path)
+    size = Path(path).stat().st_size
     if size == 0:
         return RecordIndex(np.empty(0, np.int64), np.empty(0, np.int64), path), True
     with open(path, "rb") as file:
@@ -155,8 +160,8 @@ def write_index(path: str | os.PathLike, keys: np.ndarray, offsets: np.ndarray) 
             for start in range(0, len(keys), CHUNK):
                 pairs = zip(keys[start : start + CHUNK].tolist(), offsets[start : start + CHUNK].tolist(), strict=True)
                 file.write("".join(f"{key}\t{offset}\n" for key, offset in pairs))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

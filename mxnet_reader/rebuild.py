@@ -34,7 +34,7 @@ def open_index(file: RecordFile, idx_path: str | os.PathLike | None, write: bool
     Raises:
         RecordError: the index or the record file is malformed.
     """
-    if idx_path is None or not os.path.exists(idx_path):
+    if idx_path is None or not Path(idx_path).exists():
         index = rebuild_index(file, path=idx_path)
         if write and idx_path is not None and _may_write(file.path, idx_path):
             write_index(idx_path, index.keys_N, index.offsets_N)
@@ -69,7 +69,7 @@ def rebuild_index(
     Raises:
         RecordError: a damaged record, or two records with one id where ids are keys.
     """
-    report = progress or _stderr_progress(f"rebuilding the index of {os.path.basename(file.path)}")
+    report = progress or _stderr_progress(f"rebuilding the index of {Path(file.path).name}")
     offset_parts, id_parts, offsets, ids = [], [], [], []
     has_header, all_have_ids = False, True
     for record in file.scan(start):
@@ -169,7 +169,7 @@ def _may_write(rec_path: str, idx_path: str | os.PathLike) -> bool:
     """False beside read-only data. The mode bits count even for root, whom the system lets write everywhere."""
     folder = Path(idx_path).resolve().parent
     writable = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
-    if not all(os.stat(path).st_mode & writable for path in (folder, rec_path)):
+    if not all(Path(path).stat().st_mode & writable for path in (folder, rec_path)):
         return False
     return os.access(folder, os.W_OK)
 

@@ -49,7 +49,7 @@ class MXRecordIO:
         if self.flag not in ("r", "w"):
             raise ValueError(f"Invalid flag {self.flag!r}: 'r' or 'w'")
         self.writable = self.flag == "w"
-        self.handle = open(self.uri, "wb") if self.writable else RecordFile(self.uri)
+        self.handle = open(self.uri, "wb") if self.writable else RecordFile(self.uri)  # noqa: SIM115
         self.pid = os.getpid()
         self._position = 0
         self.is_open = True
@@ -173,7 +173,7 @@ class MXIndexedRecordIO(MXRecordIO):
         self.idx, self.keys, self.fidx, self.index = {}, [], None, None
         try:
             if self.writable:
-                self.fidx = open(self.idx_path, "w", newline="\n")
+                self.fidx = open(self.idx_path, "w", newline="\n")  # noqa: SIM115
             elif self.key_type is int:
                 self._use(open_index(self.handle, self.idx_path))
             else:

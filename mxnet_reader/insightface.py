@@ -1,0 +1,77 @@
+"""Which records of a face data set are images: the layouts that the InsightFace tools and im2rec write.
+
+Record 0 may be a header: flag 2, no image bytes, labels ``[N + 1, N + 1 + identities]``. Then images have the keys 1..N
+and identity records (no image bytes either) those from N + 1 on. Without it every record is an image. The labels are
+float32, so above 2**24 the header can be off by a few: the border is then looked up in the records themselves.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mxnet_reader.errors import RecordError
+from mxnet_reader.file import RecordFile
+from mxnet_reader.format import IMAGE_HEADER
+from mxnet_reader.index import RecordIndex
+
+EXACT = 1 << 24  # above it float32 no longer holds every integer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Image records of a file.
+
+    Attributes:
+        image_keys: int64 [N], ascending under a header record, in index order without.
+        has_header: whether record 0 is the InsightFace header.
+        num_identities: from the header record, else None (approximate where labels exceed 2**24).
+    """
+
+    image_keys: np.ndarray
+    has_header: bool
+    num_identities: int | None
+
+
+def is_identity(payload: bytes) -> bool:
+    """True for a header or identity record: flag 2 and nothing behind the two labels."""
+    return len(payload) == IMAGE_HEADER.size + 8 and IMAGE_HEADER.unpack_from(payload)[0] == 2
+
+
+def find_layout(file: RecordFile, index: RecordIndex) -> Layout:
+    """Tell images from header and identity records.
+
+    Raises:
+        RecordError: record 0 is damaged, or its header contradicts the index.
+    """
+    header = read_key(file, index, 0) if 0 in index else b""
+    if not is_identity(header):
+        return Layout(index.unique_keys(), False, None)
+    first_identity, stop = np.frombuffer(header, "<f4", 2, IMAGE_HEADER.size).tolist()
+    if not (1 <= first_identity <= stop < 2**62):
+        offset = index.place(index.row(0))[0]
+        raise RecordError(file.path, f"header record with labels [{first_identity}, {stop}]", offset, 0)
+    border = int(first_identity)
+    if border >= EXACT:
+        border = _find_border(file, index, border)
+    keys = index.keys_N
+    inside = (keys >= 1) & (keys < border)
+    if index.ascending_by_one:
+        image_keys = keys[inside.argmax() : inside.argmax() + int(inside.sum())]
+    else:
+        image_keys = np.unique(keys[inside])
+    return Layout(image_keys, True, int(stop) - int(first_identity))
+
+
+def _find_border(file: RecordFile, index: RecordIndex, claimed: int) -> int:
+    """First identity key near a rounded claim, told by the records (images have bytes, identities none)."""
+    slack = 2 * int(np.spacing(np.float32(claimed)))
+    for key in range(claimed - slack, claimed + slack + 1):
+        if key in index and is_identity(read_key(file, index, key)):
+            return key
+    return claimed
+
+
+def read_key(file: RecordFile, index: RecordIndex, key: int) -> bytes:
+    """Payload of the record with this key."""
+    offset, limit = index.place(index.row(key))
+    return file.read_record(offset, key, limit)[0]

@@ -1,0 +1,346 @@
+"""The training loader: worker threads decode into whole batches, Paddle takes them over without a copy.
+
+The order is one global permutation an epoch, drawn from (seed, epoch). The global batch g holds its samples
+[g*W*B, (g+1)*W*B), of which rank r takes the r-th B. What becomes of a sample (flip, augmentation) is drawn from
+(seed, epoch, sample). So data depend on neither the number of threads nor the mode, and an epoch resumes at any sample,
+at any world size, without reading what was consumed.
+
+B local batch, W ranks, N samples, H and W (as an axis) image size. Batches are uint8 NHWC until they lie on the device.
+"""
+
+import queue
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from utils.augment import build_augment, flips, sample_rng
+from utils.compat import share_numpy
+from utils.decode import DecodeError, decode_image, fit_image
+from utils.errors import UserError
+
+RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop"}
+MODES = ("thread", "process")
+
+
+class SampleReader:
+    """Turns (source, sample number) into pixels in a batch; the same code in threads and processes.
+
+    Args:
+        source: see ``dataset.py``; anything with ``len`` and ``[i]`` serves.
+        size: (height, width).
+        resize: None (another size is an error), ``stretch`` or ``crop``.
+        augment: name -> parameters, see ``utils/augment.py``.
+        flip: mirror half of the samples.
+        seed: base of all draws.
+    """
+
+    def __init__(self, source: object, size: tuple[int, int], resize: str | None, augment: dict, seed: int) -> None:
+        self.source, self.size, self.resize, self.seed = source, size, resize, seed
+        self.augment = build_augment(augment) if augment else None
+        self._fetch: Callable = getattr(source, "fetch", None) or source.__getitem__
+
+    def read(self, samples: np.ndarray, mirror: np.ndarray, epoch: int, images: np.ndarray, labels: np.ndarray) -> None:
+        """Fill ``images`` [n, H, W, 3] uint8 and ``labels`` [n] int64 with the given samples.
+
+        Raises:
+            ValueError: a sample that cannot be read or has another size, naming it.
+        """
+        import cv2
+
+        for row, sample in enumerate(samples.tolist()):
+            labels[row] = self._read_one(sample, images[row])
+            if self.augment is not None:
+                image = self.augment(images[row], sample_rng(self.seed, epoch, sample))
+                if image is not images[row]:
+                    images[row] = image
+            if mirror[row]:
+                cv2.flip(images[row], 1, dst=images[row])
+
+    def _read_one(self, sample: int, out: np.ndarray) -> int:
+        data, label = self._fetch(sample)
+        if isinstance(data, np.ndarray):
+            image = data
+        else:
+            try:
+                image = decode_image(data, out)
+            except DecodeError as error:
+                raise self._damaged(sample, str(error)) from error
+        if image is out:
+            return label
+        if image.shape[:2] != self.size:
+            if self.resize is None:
+                found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
+                raise self._damaged(sample, f"image of {found}, {wanted} expected; ask for resize or pack it anew")
+            image = fit_image(image, self.size, self.resize)
+        out[...] = image
+        return label
+
+    def _damaged(self, sample: int, reason: str) -> Exception:
+        damaged = getattr(self.source, "damaged", None)
+        return damaged(sample, reason) if damaged else UserError(f"sample {sample}: {reason}")
+
+
+class TrainLoader:
+    """Iterates over ``(image_BCHW float32 in [-1, 1], label_B int64)`` on Paddle's current device.
+
+    See ``build_train_loader``. ``for batch in loader`` runs the epoch (from the loaded position, after
+    ``load_state_dict``); when it is over the loader stands at the next one.
+
+    Attributes:
+        last_keys: int64 [B], keys of the samples of the batch just given out.
+        epoch: the epoch that is iterated next (or now).
+    """
+
+    def __init__(self, reader: SampleReader, batch_size: int, options: dict) -> None:
+        self.source, self._reader, self.batch_size = reader.source, reader, batch_size
+        self.rank, self.world_size, self.seed = options["rank"], options["world_size"], reader.seed
+        self._options = options
+        self.epoch, self._position, self._pending = 0, 0, 0
+        self.last_keys = np.empty(0, np.int64)
+        self._pipelines: weakref.WeakSet = weakref.WeakSet()
+        global_batch = batch_size * self.world_size
+        whole = len(self.source) // global_batch
+        self._num_batches = whole if options["drop_last"] else -(-len(self.source) // global_batch)
+        if self._num_batches == 0:
+            reason = f"{len(self.source)} samples do not fill one batch of {batch_size} on {self.world_size} rank(s)"
+            raise UserError(f"{reason}; lower the batch size or set drop_last=False")
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank (the same on every rank)."""
+        return self._num_batches
+
+    @property
+    def num_samples(self) -> int:
+        """N, samples of the source."""
+        return len(self.source)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; a position loaded for this very epoch stays."""
+        if epoch != self.epoch:
+            self._pending = 0
+        self.epoch, self._position = int(epoch), self._pending
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the consumer stands: epoch, and samples of its global permutation given out (over all ranks)."""
+        return {"epoch": self.epoch, "position": self._position, "seed": self.seed, "num_samples": len(self.source)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state_dict`` was taken, at any world size and batch size.
+
+        Raises:
+            UserError: the state is of another data set or seed.
+        """
+        for name, mine in (("seed", self.seed), ("num_samples", len(self.source))):
+            if state.get(name, mine) != mine:
+                raise UserError(f"loader state: {name} was {state[name]}, here it is {mine}; the order would differ")
+        self.epoch = int(state["epoch"])
+        self._position = self._pending = int(state["position"])
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The global permutation of an epoch, [N] (int32 below 2**31 samples)."""
+        num_samples = len(self.source)
+        kind = np.int32 if num_samples < 2**31 else np.int64
+        order = np.arange(num_samples, dtype=kind)
+        np.random.default_rng((self.seed, epoch, 0x5EED)).shuffle(order)
+        return order
+
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[np.ndarray, int]]:
+        """(this rank's sample numbers, global position behind the batch), from ``start`` on."""
+        order, size = self.order(epoch), self.batch_size
+        step = size * self.world_size
+        while start < len(order):
+            stop = start + step
+            if stop > len(order):
+                if self._options["drop_last"]:
+                    return
+                rest = order[start:]
+                size = -(-len(rest) // self.world_size)  # equal on all ranks; the last ones repeat the first samples
+                block = np.resize(np.concatenate([rest, order]), size * self.world_size)
+            else:
+                block = order[start:stop]
+            yield block[self.rank * size : (self.rank + 1) * size].astype(np.int64), min(stop, len(order))
+            start = stop
+
+    def __iter__(self) -> Iterator[tuple]:
+        epoch, start = self.epoch, self._pending
+        self._pending, self._position = 0, start
+        pipeline = self._options["pipeline"](self._reader, self.batch_size, epoch, self._options)
+        self._pipelines.add(pipeline)
+        keys = self.source.keys if hasattr(self.source, "keys") else None
+        try:
+            for samples, position, images, labels, mirror in pipeline.run(self._batches(epoch, start)):
+                self._position = position
+                self.last_keys = samples if keys is None else keys[samples]
+                yield self._hand_over(images, labels, mirror)
+                images = labels = None
+            if self.epoch == epoch:
+                self.epoch, self._position = epoch + 1, 0
+        finally:
+            pipeline.close()
+
+    def _hand_over(self, images: np.ndarray, labels: np.ndarray, mirror: np.ndarray) -> tuple:
+        """uint8 NHWC in host memory -> tensors on the device; flip and normalisation happen there."""
+        import paddle
+
+        image = share_numpy(images)
+        if not self._options["flip_on_host"]:
+            image = image.to(paddle.get_device(), blocking=True)
+            if self._options["flip"]:
+                mirror = paddle.to_tensor(mirror).reshape([-1, 1, 1, 1])
+                image = paddle.where(mirror, paddle.flip(image, axis=2), image)
+        if self._options["normalize"]:
+            image = paddle.scale(image.transpose([0, 3, 1, 2]).astype("float32"), 2 / 255, -1.0)
+        return image, paddle.to_tensor(labels)
+
+    def close(self) -> None:
+        """End every running iteration and its threads; without it they end with their iterator."""
+        for pipeline in list(self._pipelines):
+            pipeline.close()
+
+
+class BufferPool:
+    """Preallocated batches; one comes back by itself when the last tensor that shares it is gone."""
+
+    def __init__(self, shape: tuple[int, ...], count: int) -> None:
+        self._free: queue.SimpleQueue = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(np.empty(shape, np.uint8))
+        self._shape = shape
+
+    def take(self, num_rows: int) -> np.ndarray:
+        """A batch of at most the pool's rows; a new buffer if the consumer keeps all of them."""
+        try:
+            buffer = self._free.get_nowait()
+        except queue.Empty:
+            buffer = np.empty(self._shape, np.uint8)
+        view = buffer[:num_rows]
+        weakref.finalize(view, self._free.put, buffer).atexit = False
+        return view
+
+
+class ThreadPipeline:
+    """Decodes batches ahead in a pool of threads.
+
+    Args:
+        reader: reads samples.
+        batch_size: B.
+        epoch: for the draws.
+        options: num_threads, prefetch, flip, world size and so on, see ``build_train_loader``.
+    """
+
+    def __init__(self, reader: SampleReader, batch_size: int, epoch: int, options: dict) -> None:
+        self._reader, self._epoch, self._options = reader, epoch, options
+        self._pool = ThreadPoolExecutor(options["num_threads"], thread_name_prefix="face-loader")
+        self._buffers = BufferPool((batch_size, *reader.size, 3), options["prefetch"] + 2)
+        self._chunk = max(1, min(options["chunk"], -(-batch_size // options["num_threads"])))
+
+    def run(self, batches: Iterator) -> Iterator[tuple]:
+        waiting: deque = deque()
+        batches = iter(batches)
+        while True:
+            while len(waiting) < self._options["prefetch"]:
+                following = next(batches, None)
+                if following is None:
+                    break
+                waiting.append(self._submit(*following))
+            if not waiting:
+                return
+            samples, position, images, labels, mirror, futures = waiting.popleft()
+            for future in futures:
+                future.result()
+            yield samples, position, images, labels, mirror
+            del images, labels, futures
+
+    def _submit(self, samples: np.ndarray, position: int) -> tuple:
+        images, labels = self._buffers.take(len(samples)), np.empty(len(samples), np.int64)
+        mirror = (
+            flips(self._reader.seed, self._epoch, samples) if self._options["flip"] else np.zeros(len(samples), bool)
+        )
+        here = mirror & self._options["flip_on_host"]
+        futures = []
+        for start in range(0, len(samples), self._chunk):
+            part = slice(start, start + self._chunk)
+            work = (samples[part], here[part], self._epoch, images[part], labels[part])
+            futures.append(self._pool.submit(self._reader.read, *work))
+        return samples, position, images, labels, mirror, futures
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def build_train_loader(
+    source: object,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    num_threads: int = 2,
+    mode: str = "thread",
+    augment: dict[str, dict] | None = None,
+    flip: bool = True,
+    image_size: int | tuple[int, int] = 112,
+    resize: bool | str = False,
+    drop_last: bool = True,
+    prefetch: int = 3,
+    normalize: bool = True,
+    flip_on_host: bool | None = None,
+) -> TrainLoader:
+    """The loader of one rank.
+
+    Args:
+        source: a class of ``dataset.py``, or anything with ``len`` and ``[i] -> (uint8 RGB HWC, label)``.
+        batch_size: B of this rank.
+        rank, world_size: which part of every global batch is ours.
+        seed: base of the order, the flips and the augmentation.
+        num_threads: workers that decode (threads or processes).
+        mode: ``thread``; ``process`` where Python code keeps the main thread busy (POSIX, needs ``/dev/shm``).
+        augment: name -> parameters, see ``utils/augment.py``; nothing by default.
+        flip: mirror each image with probability one half.
+        image_size: side, or (height, width).
+        resize: False (another size is an error), True or ``stretch``, ``crop`` (centre of the same proportions first).
+        drop_last: leave out the last, smaller batch; else it is divided evenly, repeating a few samples if need be.
+        prefetch: batches decoded ahead.
+        normalize: False gives uint8 [B, H, W, 3] instead of float32 [B, 3, H, W] in [-1, 1].
+        flip_on_host: None flips on the device, unless that is the host's memory.
+
+    Raises:
+        UserError: a value that cannot be, naming it.
+    """
+    numbers = {"batch_size": batch_size, "world_size": world_size, "num_threads": num_threads, "prefetch": prefetch}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise UserError(f"{name}: {value!r}, a whole number from 1 on was expected")
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank: {rank!r} is outside 0..{world_size - 1}")
+    if mode not in MODES:
+        raise UserError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
+    if resize not in RESIZE_MODES:
+        raise UserError(f"resize: {resize!r} is not one of False, True, 'stretch', 'crop'")
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"image_size: {image_size!r}, a side or (height, width) was expected")
+    if flip_on_host is None:
+        import paddle
+
+        flip_on_host = paddle.get_device() == "cpu"
+    if mode == "process":
+        from utils.loader_process import ProcessPipeline as Pipeline
+    else:
+        Pipeline = ThreadPipeline
+    options = {
+        "rank": rank,
+        "world_size": world_size,
+        "num_threads": num_threads,
+        "flip": flip,
+        "flip_on_host": flip_on_host,
+        "drop_last": drop_last,
+        "prefetch": prefetch,
+        "normalize": normalize,
+        "chunk": 16,
+        "pipeline": Pipeline,
+    }
+    return TrainLoader(SampleReader(source, size, RESIZE_MODES[resize], augment or {}, seed), batch_size, options)
