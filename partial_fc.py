@@ -330,6 +330,14 @@ class PartialFC:
             output_ND[start:stop] = self._kernel.caught_up(self._bank, start, stop)[0]
         return output_ND
 
+    def rows(self, ids_R) -> np.ndarray:
+        """A copy of the local rows with these local ids [R, D], as ``export_weight`` gives them; nothing changes."""
+        bank, ids_R = self._bank, np.asarray(ids_R, np.int64)
+        missed = bank.missed(ids_R)
+        tensors = [bank.weight] if missed is None else [bank.weight, *bank.slots]
+        w_RD, *slots = [paddle.gather(tensor, paddle.to_tensor(ids_R)).numpy() for tensor in tensors]
+        return w_RD if missed is None else self._optimizer.catch_up(w_RD, *slots, missed.astype(w_RD.dtype))[0]
+
     def row_state(self) -> dict[str, np.ndarray]:
         """What belongs to single rows, as stored: first axis N, so that shards can be joined and cut anew.
 
