@@ -56,18 +56,6 @@ class RunConfig(Section):
     hang_timeout: NonNegativeFloat = 1800.0  # seconds without a finished step before a rank gives up; 0: never
 
 
-class AugmentConfig(Section):
-    """Probability of each augmentation, a sample; all but the flip are off by default."""
-
-    flip: float = Field(0.5, ge=0, le=1)
-    crop: float = Field(0.0, ge=0, le=1)
-    low_resolution: float = Field(0.0, ge=0, le=1)
-    photometric: float = Field(0.0, ge=0, le=1)
-    blur: float = Field(0.0, ge=0, le=1)
-    grey: float = Field(0.0, ge=0, le=1)
-    erase: float = Field(0.0, ge=0, le=1)
-
-
 class DataConfig(Section):
     """Where the images come from."""
 
@@ -77,12 +65,14 @@ class DataConfig(Section):
     list_file: str | None = None  # list: file of "path label" lines
     num_classes: PositiveInt | None = None  # identities; None: as many as the data says
     num_images: PositiveInt | None = None  # synthetic: images an epoch; others: read from the data
-    resize: bool = False  # images of another size are resized instead of refused
-    crop: tuple[int, int, int, int] | None = None  # celeba: left, top, right, bottom of the face in the picture
-    split: str | None = None  # mnist, celeba: part of the set
+    image_size: PositiveInt | None = None  # synthetic: side of the images made; None: model.input_size
+    resize: bool | Literal["stretch", "crop"] = False  # False: images of another size are an error
+    split: Literal["train", "test"] | None = None  # mnist
     num_threads: PositiveInt = 2  # decoder threads (or processes) of one rank
     mode: Literal["thread", "process"] = "thread"
-    augment: AugmentConfig = AugmentConfig()
+    prefetch: PositiveInt = 3  # batches decoded ahead
+    flip: bool = True  # mirror each image with probability one half
+    augment: dict[str, dict[str, bool | float]] = {}  # name -> parameters, see utils/augment.py; none by default
 
 
 class ModelConfig(Section):
@@ -117,8 +107,10 @@ class MarginConfig(Section):
     m3: float | None = None
     easy_margin: bool | None = None
     gradient: Literal["exact", "straight_through"] | None = None
-    interclass_filter: float | None = None  # non-targets above this cosine are dropped
+    beyond_pi: Literal["cosine", "linear"] | None = None  # where theta + m exceeds pi
+    interclass_threshold: float | None = Field(None, ge=0, le=1)  # non-targets above this cosine are dropped; 0: off
     focal_gamma: NonNegativeFloat | None = None
+    focal_over: Literal["batch", "sample"] | None = None
     h: float | None = None  # AdaFace
     t_alpha: float | None = None  # AdaFace
     l_a: float | None = None  # MagFace: norm range, margin range and weight of its loss term
@@ -126,6 +118,9 @@ class MarginConfig(Section):
     l_m: float | None = None
     u_m: float | None = None
     lambda_g: float | None = None
+    lambda_min: float | None = None  # SphereFace's annealing
+    lambda_base: float | None = None
+    lambda_gamma: float | None = None
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments for ``build_margin(self.name, **kwargs)``."""
@@ -241,6 +236,9 @@ class Config(Section):
         return self
 
 
+_FREE = "data.augment."  # below it the names are those of utils/augment.py, checked there
+
+
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides, check everything.
 
@@ -296,7 +294,7 @@ def _apply_override(tree: dict, override: str) -> None:
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
         raise ConfigError(f"override {override!r}: write section.key=value, e.g. optim.lr=0.02")
-    if name.strip() not in setting_names():
+    if name.strip() not in setting_names() and not name.strip().startswith(_FREE):
         raise ConfigError(f"override {override!r}: {_unknown(name.strip())}")
     try:
         value = yaml.safe_load(text) if text else None

@@ -9,9 +9,10 @@
         meta.json                  everything that is no array; written last               (rank 0)
     <run>/latest                   name of the newest checkpoint
     <run>/best                     name of the best one, never deleted
+    <run>/backbone.pdparams        the newest checkpoint's backbone, as Paddle users expect it; backbone_ema.pdparams
 
-A folder is built as ``step_….partial`` and renamed when every rank has written its part; a crash leaves a partial folder
-that nobody reads. Random numbers need no state: every update seeds the generators from (seed, update, rank).
+A folder is built as ``step_….partial`` and renamed when every rank has written its part; a crash leaves a partial
+folder that nobody reads. Random numbers need no state: every update seeds the generators from (seed, update, rank).
 
 Class rows are stored as contiguous shards in rank order, so rank r' of W' reads just the rows it owns.
 """
@@ -31,9 +32,11 @@ from safetensors.numpy import load_file, save_file
 
 from utils import distributed
 from utils.errors import UserError
+from utils.run_folder import save_pdparams, sync_folder, write_json, write_text
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d{8,})$")
+_EXPORTS = {"backbone": "backbone.pdparams", "ema": "backbone_ema.pdparams"}
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,9 @@ class CheckpointWriter:
                 head.update({f"table/{key}": value for key, value in snapshot.table.items()})
                 for stem, arrays in snapshot.shared.items():
                     files[f"{stem}.safetensors"] = _save(partial / f"{stem}.safetensors", arrays)
+                for stem, export in _EXPORTS.items():
+                    if stem in snapshot.shared:
+                        save_pdparams(partial / export, snapshot.shared[stem])
             name = f"head_{self.rank:04d}_of_{self.world_size:04d}.safetensors"
             files[name] = _save(partial / name, head)
             num_local = len(next(iter(snapshot.rows.values()))) if snapshot.rows else 0
@@ -185,10 +191,13 @@ class CheckpointWriter:
             **snapshot.meta,
         }
         write_json(partial / "meta.json", {**meta, "checksum": _json_sum(meta)})
+        for export in _EXPORTS.values():
+            if (partial / export).exists():
+                (partial / export).replace(self.run_dir / export)
         if final.exists():  # the same step saved again, e.g. after a resume from an older checkpoint
             shutil.rmtree(final)
         partial.rename(final)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         write_text(self.run_dir / "latest", final.name + "\n")
         if self._mark_best:
             write_text(self.run_dir / "best", final.name + "\n")
@@ -283,48 +292,6 @@ def load_checkpoint(path: str | Path, start: int, num_local: int) -> Loaded:
     return Loaded(path=path, rows=rows, table=table, shared=shared, meta=meta)
 
 
-def check_shared_folder(run_dir: str | Path) -> None:
-    """All ranks must see the same run folder; UserError on every rank if one does not."""
-    probe = Path(run_dir) / ".shared_probe"
-    token = distributed.broadcast_object(os.urandom(8).hex())
-    error = None
-    if distributed.get_rank() == 0:
-        try:
-            write_text(probe, token)
-        except OSError as failure:
-            error = UserError(f"{run_dir}: cannot be written: {failure.strerror}; set run.output to a writable folder")
-    distributed.raise_together(error)
-    seen = probe.read_text() if probe.exists() else None
-    if seen != token:
-        error = UserError(
-            f"{Path(run_dir).resolve()} on rank {distributed.get_rank()} ({os.uname().nodename}) is not the folder "
-            "that rank 0 writes; put run.output on storage that all machines share"
-        )
-    distributed.raise_together(error)
-    if distributed.get_rank() == 0:
-        probe.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Replace a small file in one piece, on disk when this returns."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: str | Path, value: dict) -> None:
-    """``write_text`` of JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
 def _name(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -355,16 +322,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_problem(path: Path) -> str | None:

@@ -1,7 +1,7 @@
 """Where a run's figures go: console, ``train.log``, ``metrics.jsonl``, TensorBoard, VisualDL. Rank 0 writes.
 
-``metrics.jsonl`` has one JSON object a line, ``kind`` being ``train``, ``verify`` or ``event``. A resumed run first drops the
-lines of updates that it will do again, so the file always holds one line an update logged.
+``metrics.jsonl`` has one JSON object a line, ``kind`` being ``train``, ``verify`` or ``event``. A resumed run first
+drops the lines of updates that it will do again, so the file always holds one line an update logged.
 """
 
 import json
@@ -96,7 +96,7 @@ class RunLog:
         metrics = self.run_dir / "metrics.jsonl"
         kept = _lines_until(metrics, resume_step) if resume_step is not None else []
         metrics.write_text("".join(kept), encoding="utf-8")
-        self._jsonl = open(metrics, "a", encoding="utf-8", buffering=1)
+        self._jsonl = open(metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
         if tensorboard:
             self._writers.append(_tensorboard(self.run_dir / "events", resume_step))
         if visualdl:

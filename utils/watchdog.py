@@ -1,7 +1,7 @@
-"""A rank that died or hangs ends the others in bounded time, with the cause, instead of a collective that never returns.
+"""A rank that died or hangs ends the others in bounded time, with the cause, instead of a collective without end.
 
-Each rank's thread writes ``<run>/heartbeat/rank_0001.json`` (a counter, the update, the phase) and reads the others'. The
-main thread may be stuck inside a collective; the watchdog then ends the process itself (``os._exit``, status 76).
+Each rank's thread writes ``<run>/heartbeat/rank_0001.json`` (a counter, the update, the phase) and reads the others'.
+The main thread may be stuck inside a collective; the watchdog then ends the process itself (``os._exit``, status 76).
 
     a peer's process is gone (same machine: its pid; elsewhere: its file stands still)  -> end, naming it
     this rank or a peer has not finished an update for ``hang_timeout`` seconds         -> stacks to stderr, end

@@ -1,0 +1,69 @@
+"""One copy of the backbone a rank: gradients averaged over ranks, running statistics too; the same code for 1..W ranks."""
+
+import contextlib
+
+import paddle
+
+from utils import distributed
+from utils.errors import UserError
+
+
+class Replica:
+    """The backbone as it is trained.
+
+    Args:
+        backbone: the layer; its parameters are made equal to rank 0's.
+        sync_bn: batch norms see the batch of all ranks (GPU only).
+        recompute: the backbone drops activations; its gradients are then averaged after backward, because the layer's
+            hooks would fire while it is run again.
+        compile: run the forward as a static graph.
+    """
+
+    def __init__(self, backbone: paddle.nn.Layer, sync_bn: bool = False, recompute: bool = False, compile: bool = False):
+        self.world_size = distributed.get_world_size()
+        if sync_bn and paddle.get_device() == "cpu":
+            raise UserError("run.sync_bn: true on cpu, where Paddle has no such kernel; set run.sync_bn=false")
+        if sync_bn:
+            backbone = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+        self.backbone = backbone
+        self._average_later = recompute and self.world_size > 1
+        parameters = {id(parameter) for parameter in backbone.parameters()}
+        # Batch-norm statistics are parameters to Paddle (trainable=False) or buffers, by version; both are caught.
+        self._statistics = [
+            tensor
+            for name, tensor in backbone.state_dict().items()
+            if (id(tensor) not in parameters or name.endswith(("._mean", "._variance"))) and tensor.is_floating_point()
+        ]
+        self._synchronised = sync_bn
+        forward = paddle.jit.to_static(backbone, full_graph=True) if compile else backbone
+        self.model = paddle.DataParallel(forward) if self.world_size > 1 else forward
+
+    def __call__(self, image_BCHW: paddle.Tensor) -> paddle.Tensor:
+        return self.model(image_BCHW)
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager:
+        """Context of one micro-batch's forward and backward: gradients are averaged over ranks in the last one only."""
+        if self.world_size == 1 or (last and not self._average_later):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def finish_backward(self) -> None:
+        """After the last micro-batch's backward."""
+        if self._average_later:
+            from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
+
+            fused_allreduce_gradients([p for p in self.backbone.parameters() if not p.stop_gradient], None)
+
+    def average_statistics(self) -> None:
+        """Running means and variances become their mean over ranks, so that all ranks hold one and the same backbone.
+
+        Done after every update, not when saving: what a checkpoint's cadence is must not change the run.
+        """
+        if self.world_size == 1 or self._synchronised or not self._statistics:
+            return
+        with paddle.no_grad():
+            flat = paddle.concat([tensor.reshape([-1]) for tensor in self._statistics])
+            flat = distributed.all_reduce_sum(flat) * (1.0 / self.world_size)
+            sizes = [tensor.size for tensor in self._statistics]
+            for tensor, part in zip(self._statistics, paddle.split(flat, [int(size) for size in sizes]), strict=True):
+                tensor.set_value(part.reshape(tensor.shape))

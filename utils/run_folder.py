@@ -1,0 +1,121 @@
+"""Small files of a run directory, each replaced in one piece, and the check that all ranks see the same directory."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from utils import distributed
+from utils.errors import UserError
+
+# What a run leaves; a fresh run in the same directory moves it to previous_N/.
+_PRODUCTS = (
+    "backbone.pdparams",
+    "backbone_best.pdparams",
+    "backbone_ema.pdparams",
+    "best",
+    "checkpoints",
+    "config.yaml",
+    "events",
+    "latest",
+    "metrics.jsonl",
+    "train.log",
+    "visualdl",
+)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a small file in one piece, on disk when this returns."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    """``write_text`` of JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def save_pdparams(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
+    """Weights as ``paddle.load`` and ``set_state_dict`` take them, written aside and renamed."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    place = paddle.CPUPlace()
+    try:
+        paddle.save({name: paddle.to_tensor(value, place=place) for name, value in arrays.items()}, str(aside))
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Renames inside the folder reach the disk."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_run_folder(run_dir: str | Path, fresh: bool) -> str | None:
+    """Make the run directory and check that all ranks see the same one. All ranks call it.
+
+    Args:
+        fresh: not a resume: what an earlier run left is moved to ``previous_N/`` (nothing is deleted).
+
+    Returns:
+        What was done with an earlier run's files, to be told; None if there were none.
+
+    Raises:
+        UserError: on every rank, if one cannot write or sees another folder.
+    """
+    run_dir, token = Path(run_dir), distributed.broadcast_object(os.urandom(8).hex())
+    probe, moved, error = run_dir / ".shared_probe", None, None
+    if distributed.get_rank() == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            moved = _move_aside(run_dir) if fresh else None
+            write_text(probe, token)
+        except OSError as failure:
+            error = UserError(f"{run_dir}: cannot be written: {failure.strerror}; set run.output to a writable folder")
+    distributed.raise_together(error)
+    seen = probe.read_text() if probe.exists() else None
+    if seen != token:
+        host = os.uname().nodename if hasattr(os, "uname") else "this machine"
+        error = UserError(
+            f"{run_dir.resolve()} on rank {distributed.get_rank()} ({host}) is not the folder that rank 0 writes; "
+            "put run.output on storage that all machines share"
+        )
+    distributed.raise_together(error)
+    if distributed.get_rank() == 0:
+        probe.unlink(missing_ok=True)
+    return moved
+
+
+def _move_aside(run_dir: Path) -> str | None:
+    found = [run_dir / name for name in _PRODUCTS if (run_dir / name).exists()]
+    if not (run_dir / "checkpoints").exists():  # nothing worth keeping: a run that ended before its first checkpoint
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return None
+    number = 1
+    while (run_dir / f"previous_{number}").exists():
+        number += 1
+    target = run_dir / f"previous_{number}"
+    target.mkdir()
+    for path in found:
+        path.rename(target / path.name)
+    return f"an earlier run's files were moved to {target} (--resume would have continued it)"
