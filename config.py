@@ -225,6 +225,25 @@ class Config(Section):
     log: LogConfig = LogConfig()
     init: InitConfig = InitConfig()
 
+    def head_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``PartialFC`` beyond classes, margin, rate, ranks and seed; unset ones follow ``optim``."""
+        head, optim = self.head, self.optim
+        optimizer = head.optimizer or ("adamw" if optim.name == "adamw" else "sgd")
+        return {
+            "optimizer": optimizer,
+            "update": "sampled" if optimizer == "adamw" else head.update,
+            "momentum": optim.momentum if head.momentum is None else head.momentum,
+            "weight_decay": optim.weight_decay if head.weight_decay is None else head.weight_decay,
+            "betas": (optim.beta1, optim.beta2),
+            "epsilon": optim.epsilon,
+            "matmul_dtype": head.matmul_dtype,
+            "chunk_rows": head.chunk,
+        }
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``BackboneOptimizer``."""
+        return self.optim.model_dump(exclude={"lr", "lr_batch", "clip_norm", "backbone_lr_scale"})
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         if self.schedule.name in ("step", "multistep") and not self.schedule.milestones:

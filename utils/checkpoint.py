@@ -85,6 +85,7 @@ class CheckpointWriter:
         self._error: BaseException | None = None
         self._snapshot: Snapshot | None = None
         self._mark_best = False
+        self.last_step: int | None = None  # of the last save begun
 
     @property
     def busy(self) -> bool:
@@ -102,7 +103,7 @@ class CheckpointWriter:
         All ranks call it; a save still running must have been finished.
         """
         assert not self.busy, "finish() the running save first"
-        self._snapshot, self._error, self._mark_best = snapshot, None, best
+        self._snapshot, self._error, self._mark_best, self.last_step = snapshot, None, best, snapshot.step
         partial = self._partial(snapshot.step)
         try:
             if self.rank == 0:

@@ -4,6 +4,8 @@ Running statistics of batch norms are averaged with the same decay. The first up
 counted from 0, so that the random start is forgotten quickly.
 """
 
+import contextlib
+
 import numpy as np
 import paddle
 
@@ -28,6 +30,22 @@ class Ema:
                     self.shadow[name].scale_(decay).add_(tensor.detach() * (1 - decay))
                 else:
                     self.shadow[name] = tensor.detach().clone()
+
+    @contextlib.contextmanager
+    def applied_to(self, layer: paddle.nn.Layer):
+        """The layer holds the averaged weights inside, its own again afterwards, bit for bit."""
+        own = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
+        self._write(layer, self.shadow)
+        try:
+            yield layer
+        finally:
+            self._write(layer, own)
+
+    @staticmethod
+    def _write(layer: paddle.nn.Layer, values: dict[str, paddle.Tensor]) -> None:
+        with paddle.no_grad():
+            for name, tensor in layer.state_dict().items():
+                tensor.set_value(values[name])
 
     def state(self) -> dict[str, np.ndarray]:
         """Copies of the shadow by structural name."""

@@ -109,12 +109,12 @@ class RunLog:
             self._logger.info(message)
             self._print(message)
 
-    def warning(self, message: str) -> None:
-        """A warning, on every rank that has one."""
+    def warning(self, message: str, first_rank: bool = False) -> None:
+        """A warning, of every rank that has one; ``first_rank``: all have the same, rank 0 tells it."""
         if self.rank == 0:
             self._logger.warning(message)
             self._print(f"warning: {message}")
-        else:
+        elif not first_rank:
             print(f"warning (rank {self.rank}): {message}", file=sys.stderr, flush=True)
 
     def train(self, metrics: StepMetrics) -> None:

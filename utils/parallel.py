@@ -19,7 +19,9 @@ class Replica:
         compile: run the forward as a static graph.
     """
 
-    def __init__(self, backbone: paddle.nn.Layer, sync_bn: bool = False, recompute: bool = False, compile: bool = False):
+    def __init__(
+        self, backbone: paddle.nn.Layer, sync_bn: bool = False, recompute: bool = False, compile: bool = False
+    ):
         self.world_size = distributed.get_world_size()
         if sync_bn and paddle.get_device() == "cpu":
             raise UserError("run.sync_bn: true on cpu, where Paddle has no such kernel; set run.sync_bn=false")
@@ -35,6 +37,7 @@ class Replica:
             if (id(tensor) not in parameters or name.endswith(("._mean", "._variance"))) and tensor.is_floating_point()
         ]
         self._synchronised = sync_bn
+        self.remember_statistics()
         forward = paddle.jit.to_static(backbone, full_graph=True) if compile else backbone
         self.model = paddle.DataParallel(forward) if self.world_size > 1 else forward
 
@@ -54,16 +57,33 @@ class Replica:
 
             fused_allreduce_gradients([p for p in self.backbone.parameters() if not p.stop_gradient], None)
 
-    def average_statistics(self) -> None:
+    def finish_update(self, skipped: bool) -> None:
         """Running means and variances become their mean over ranks, so that all ranks hold one and the same backbone.
 
-        Done after every update, not when saving: what a checkpoint's cadence is must not change the run.
+        Done after every update, not when saving: what a checkpoint's cadence is must not change the run. A skipped
+        update puts them back, or a NaN in one batch would stay in them for good.
         """
-        if self.world_size == 1 or self._synchronised or not self._statistics:
+        if not self._statistics:
             return
         with paddle.no_grad():
-            flat = paddle.concat([tensor.reshape([-1]) for tensor in self._statistics])
-            flat = distributed.all_reduce_sum(flat) * (1.0 / self.world_size)
-            sizes = [tensor.size for tensor in self._statistics]
-            for tensor, part in zip(self._statistics, paddle.split(flat, [int(size) for size in sizes]), strict=True):
-                tensor.set_value(part.reshape(tensor.shape))
+            if skipped:
+                self._write_statistics(self._good)
+                return
+            flat = self._flat_statistics()
+            if self.world_size > 1 and not self._synchronised:
+                flat = distributed.all_reduce_sum(flat) * (1.0 / self.world_size)
+                self._write_statistics(flat)
+            self._good = flat
+
+    def remember_statistics(self) -> None:
+        """Take the present statistics as the good ones (after loading weights)."""
+        self._good = self._flat_statistics() if self._statistics else None
+
+    def _flat_statistics(self) -> paddle.Tensor:
+        with paddle.no_grad():
+            return paddle.concat([tensor.detach().reshape([-1]) for tensor in self._statistics])
+
+    def _write_statistics(self, flat: paddle.Tensor) -> None:
+        sizes = [int(tensor.size) for tensor in self._statistics]
+        for tensor, part in zip(self._statistics, paddle.split(flat, sizes), strict=True):
+            tensor.set_value(part.reshape(tensor.shape))

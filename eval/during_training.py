@@ -1,0 +1,70 @@
+"""Pair verification on a training run's cadence: the sets are read when needed, every rank embeds its share."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from eval.bins import load_bin
+from eval.verification import verify
+from utils.errors import UserError
+
+
+class LazySets(Mapping):
+    """name -> (images, same) of ``.bin`` files, decoded on access and not kept: a rank holds one set at a time."""
+
+    def __init__(self, paths: dict[str, Path]):
+        self._paths = paths
+
+    def __getitem__(self, name: str):
+        return load_bin(self._paths[name])
+
+    def __iter__(self):
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+class Verification:
+    """Judges a backbone on ``.bin`` sets.
+
+    Args:
+        root: folder of the sets.
+        names: ``<root>/<name>.bin``, or paths of ``.bin`` files.
+        batch_size: images at a time.
+
+    Raises:
+        UserError: a set is missing (all that are missing are named), or is no pair set.
+    """
+
+    def __init__(self, root: str | Path, names: tuple[str, ...], batch_size: int = 64):
+        paths = {}
+        for name in names:
+            path = Path(name) if name.endswith(".bin") else Path(root) / f"{name}.bin"
+            paths[path.stem] = path
+        missing = [str(path) for path in paths.values() if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"verify.sets: {', '.join(missing)} missing; put them there, set verify.root, or drop them from "
+                "verify.sets"
+            )
+        self.sets, self.batch_size = LazySets(paths), batch_size
+        for name in self.sets:  # a set that cannot be read ends the run now, not at the first verification
+            self.sets[name]
+
+    def __call__(self, backbone) -> dict[str, dict[str, float]]:
+        """Figures by set, the same on all ranks. All ranks call it; the backbone's mode is put back."""
+        was_training = backbone.training
+        backbone.eval()
+        try:
+            results = verify(backbone, self.sets, batch_size=self.batch_size)
+        finally:
+            if was_training:
+                backbone.train()
+        figures = {}
+        for name, result in results.items():
+            metrics = dataclasses.asdict(result.metrics)
+            wanted = ("accuracy", "accuracy_std", "val", "far", "auc", "eer", "threshold")
+            figures[name] = {key: float(metrics[key]) for key in wanted}
+            figures[name] |= {"no_flip_accuracy": float(result.no_flip.accuracy), "xnorm": float(result.xnorm)}
+        return figures

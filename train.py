@@ -1,0 +1,341 @@
+"""Train a face-recognition network: ArcFace and its relatives with Partial FC, in one process or many.
+
+    python train.py configs/ms1mv2_r50.yaml run.batch_size=64
+    python -m paddle.distributed.launch --nproc_per_node 8 train.py configs/ms1mv2_r50.yaml
+    python train.py configs/ms1mv2_r50.yaml --resume            # go on from the newest undamaged checkpoint
+
+One update is ``update``; the loop around it is ``train``; what they work on is made in ``build``.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import paddle
+
+from backbones import build_backbone
+from config import Config, ConfigError, dump_config, load_config
+from dataset import build_source, build_train_loader
+from eval.during_training import Verification
+from losses import build_margin
+from partial_fc import PartialFC
+from utils import distributed
+from utils.callbacks import (
+    Meter,
+    SpikeDetector,
+    StopSignal,
+    agree,
+    angle_stats,
+    due,
+    fetch,
+    finish,
+    log_update,
+    report_odd,
+    save,
+    together,
+)
+from utils.checkpoint import CheckpointWriter
+from utils.ema import Ema
+from utils.errors import UserError, one_line_errors
+from utils.initial import load_initial
+from utils.logging import RunLog
+from utils.lr_schedule import LrSchedule, scaled_lr
+from utils.optim import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
+from utils.parallel import Replica
+from utils.precision import LossScaler, autocast, check_precision
+from utils.run_folder import open_run_folder, save_pdparams, write_text
+from utils.run_state import Progress, find_resume, fit_batch, restore, seed_update
+from utils.run_summary import summarize
+from utils.watchdog import Watchdog
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "ms1mv2_r50.yaml"
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of one run on this rank."""
+
+    config: Config
+    loader: object
+    replica: Replica  # the backbone
+    head: PartialFC
+    optimizer: BackboneOptimizer
+    schedule: LrSchedule
+    scaler: LossScaler
+    ema: Ema | None
+    verification: Verification | None
+    log: RunLog
+    writer: CheckpointWriter
+    watchdog: Watchdog
+    spikes: SpikeDetector
+    accumulation: int
+    images_per_update: int  # of all ranks
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    batch_keys: object = None  # records of this rank's last micro-batch
+
+    @property
+    def schedule_step(self) -> float:
+        """Updates' worth of images done; ``progress.step`` unless a resume changed the global batch."""
+        state = self.loader.state_dict()
+        return state["epoch"] * self.schedule.steps_per_epoch + state["position"] / self.images_per_update
+
+
+def build(config: Config) -> Run:
+    """Everything a run needs. All ranks call it; bad input on one of them ends all, each with one line."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    run, data, model, optim, plan = config.run, config.data, config.model, config.optim, config.schedule
+    with together():
+        check_precision(run.precision, paddle.get_device())
+        source = open_source(config)
+        num_classes = check_classes(config, source)
+        margin = build_margin(config.head.margin.name, **config.head.margin.kwargs())
+        paddle.seed(run.seed)
+        backbone = build_backbone(model.network, **model.kwargs())
+        verification = None
+        if config.verify.sets:
+            verification = Verification(config.verify.root or data.root, config.verify.sets, config.verify.batch_size)
+    expected = {"network": model.network, "num_classes": num_classes, "embedding_size": model.embedding_size}
+    resume = find_resume(run.output, config.checkpoint.resume, expected)
+    batch_size, accumulation, batch_note = fit_batch(resume, run.batch_size, run.accumulation, world_size)
+    with together():
+        loader = build_train_loader(
+            source, batch_size, rank=rank, world_size=world_size, seed=run.seed, num_threads=data.num_threads,
+            mode=data.mode, augment=data.augment, flip=data.flip, image_size=model.input_size, resize=data.resize,
+            prefetch=data.prefetch,
+        )  # fmt: skip
+        steps_per_epoch = len(loader) // accumulation
+        if steps_per_epoch == 0:
+            raise UserError(f"run.accumulation: {accumulation} micro-batches, but an epoch has only {len(loader)}")
+        head = PartialFC(
+            num_classes, model.embedding_size, margin, config.head.sample_rate, rank, world_size, run.seed,
+            **config.head_options(),
+        )  # fmt: skip
+        load_initial(backbone, head, config.init.backbone, config.init.head, config.init.freeze)
+    replica = Replica(backbone, run.sync_bn, bool(model.recompute), run.compile)
+    optimizer = BackboneOptimizer(trainable(backbone), **config.optimizer_options())
+    images_per_update = batch_size * accumulation * world_size
+    schedule = LrSchedule(
+        plan.name, scaled_lr(optim.lr, optim.lr_batch, images_per_update), steps_per_epoch,
+        run.max_steps or run.epochs * steps_per_epoch, plan.warmup_steps or round(plan.warmup_epochs * steps_per_epoch),
+        plan.power, plan.milestones, plan.gamma, plan.min_lr,
+    )  # fmt: skip
+    moved = open_run_folder(run.output, fresh=resume is None)
+    step = resume["step"] if resume else None
+    log = RunLog(run.output, rank, config.log.tensorboard, config.log.visualdl, step, schedule.total_steps)
+    parts = Run(
+        config, loader, replica, head, optimizer, schedule, LossScaler(run.precision, run.loss_scale, run.max_skips),
+        Ema(backbone, run.ema) if run.ema else None, verification, log,
+        CheckpointWriter(run.output, config.checkpoint.keep, config.checkpoint.asynchronous),
+        Watchdog(run.output, rank, world_size, run.hang_timeout, log.warning), SpikeDetector(config.log.spike),
+        accumulation, images_per_update,
+    )  # fmt: skip
+    with together():
+        if resume:
+            restore(parts, resume)
+        if rank == 0:
+            write_text(Path(run.output) / "config.yaml", dump_config(config))
+    for note in filter(None, (moved, batch_note, summarize(parts, len(source), resume))):
+        log.info(note)
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What one update did; the same on all ranks."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+    angles: object = None
+
+
+def update(run: Run, batches: list, lr: float, with_angles: bool = False) -> Update:
+    """Forward, backward and step over the micro-batches of one update. All ranks call it."""
+    config, head, scale = run.config, run.head, run.scaler.scale
+    seed_update(config.run.seed, run.progress.step, distributed.get_rank())
+    if len(batches) > 1:
+        head.prepare([label_B for _, label_B in batches])
+    losses = []
+    for index, (image_BCHW, label_B) in enumerate(batches):
+        run.watchdog.enter("forward")
+        with run.replica.micro_batch(last=index == len(batches) - 1):
+            with autocast(config.run.precision):
+                embedding_BD = run.replica(image_BCHW)
+            loss = head(embedding_BD, label_B)
+            run.watchdog.enter("backward")
+            (loss * (scale / len(batches))).backward()
+        losses.append(loss.detach())
+    run.replica.finish_backward()
+    run.watchdog.enter("update")
+    angles = angle_stats(embedding_BD, label_B, head) if with_angles else None
+    loss = sum(float(each) for each in losses) / len(losses)
+    grad_norm = gradient_norm(list(run.optimizer.parameters.values()), scale)
+    # One decision for all ranks (trap 14).
+    (skipped,) = agree(not math.isfinite(loss) or not math.isfinite(grad_norm) or head.found_nonfinite())
+    if skipped:
+        head.skip_step()
+    else:
+        clip = clip_coefficient(grad_norm, config.optim.clip_norm)
+        run.optimizer.step(lr * config.optim.backbone_lr_scale, clip / scale)
+        head.step(lr * config.head.lr_scale, 1.0 / scale)
+    run.replica.finish_update(skipped)
+    if run.ema is not None and not skipped:
+        run.ema.update(run.replica.backbone)
+    run.optimizer.clear_grad()
+    run.scaler.update(skipped)
+    return Update(loss, grad_norm, skipped, angles)
+
+
+def train(run: Run) -> None:
+    """The loop: data, update, and on their cadence log, verify, save; until the schedule ends or someone stops it."""
+    config, progress, meter = run.config, run.progress, Meter()
+    run.watchdog.start()
+    iterator = iter(run.loader)
+    with StopSignal() as stop:
+        while run.schedule_step < run.schedule.total_steps and not progress.stopped_early:
+            run.watchdog.enter("data")
+            lr, asked = run.schedule(run.schedule_step), time.monotonic()
+            batches = fetch(run, iterator, stop)
+            if stop.agreed:
+                break
+            if batches is None:  # the epoch is over; the loader stands at the next one
+                iterator = iter(run.loader)
+                continue
+            waited = time.monotonic() - asked
+            log_due = progress.step == 0 or due(progress.step + 1, config.log.every_steps)
+            done = update(run, batches, lr, with_angles=log_due and config.log.angles)
+            progress.step += 1
+            meter.add(run.images_per_update, waited, done.loss)
+            run.watchdog.done(progress.step)
+            report_odd(run, done)
+            if log_due:
+                log_update(run, done, lr, meter)
+            with meter.paused():
+                improved = due(progress.step, config.verify.every_steps) and verify(run)
+                if improved or due(progress.step, config.checkpoint.every_steps):
+                    save(run, best=improved)
+        improved = config.verify.at_end and not stop.agreed and progress.verified_step != progress.step and verify(run)
+        finish(run, best=improved, stopped=stop.agreed)
+
+
+def verify(run: Run) -> bool:
+    """Judge the backbone (its average, with ``run.ema``) on the pair sets; whether it is the best so far."""
+    if run.verification is None:
+        return False
+    run.watchdog.enter("verify")
+    progress, backbone = run.progress, run.replica.backbone
+    with run.ema.applied_to(backbone) if run.ema is not None else contextlib.nullcontext():
+        figures = run.verification(backbone)
+        mean = sum(each["accuracy"] for each in figures.values()) / len(figures)
+        improved = progress.verified(mean, run.config.verify.patience)
+        if improved and distributed.get_rank() == 0:
+            weights = {name: tensor.numpy() for name, tensor in backbone.state_dict().items()}
+            save_pdparams(Path(run.config.run.output) / "backbone_best.pdparams", weights)
+    for name, values in figures.items():
+        run.log.verify(progress.step, name, values)
+    if progress.stopped_early:
+        run.log.info(f"no better verification in {progress.verifications_since_best} (verify.patience): stopping")
+    run.watchdog.done(progress.step)
+    return improved
+
+
+def open_source(config: Config):
+    """The data source that ``data`` describes."""
+    data = config.data
+    options = {
+        "rec": {"root": data.root, "prefix": data.prefix},
+        "folder": {"root": data.root},
+        "list": {"list_file": data.list_file, "root": data.root},
+        "celeba": {"root": data.root},
+        "mnist": {"root": data.root, "split": data.split or "train"},
+        "synthetic": {
+            "num_classes": data.num_classes or 100,
+            "num_images": data.num_images or 10000,
+            "image_size": data.image_size or config.model.input_size,
+        },
+    }[data.kind]
+    needed = "list_file" if data.kind == "list" else "root"
+    if needed in options and options[needed] is None:
+        raise UserError(f"data.{needed}: not set; say where the data of kind {data.kind!r} lies")
+    try:
+        source = build_source(data.kind, **options)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error}; put the data set into {options[needed]} or set data.{needed}=PATH (MS1MV2, MS1MV3, Glint360K and "
+            "others: github.com/deepinsight/insightface, recognition/_datasets_)"
+        ) from None
+    if len(source) == 0:
+        raise UserError(f"{options.get(needed)}: no images in it")
+    return source
+
+
+def check_classes(config: Config, source) -> int:
+    """The number of classes, by the configuration and by the data, which must agree."""
+    asked, found = config.data.num_classes, source.num_classes
+    if asked is not None and found is not None and asked != found:
+        raise UserError(
+            f"data.num_classes: {asked}, but the data ({config.data.root}) has {found} identities; set {found}"
+        )
+    if asked is None and found is None:
+        raise UserError(f"data.num_classes: not set, and the data ({config.data.root}) does not say; set it")
+    return asked or found
+
+
+def parse_arguments(argv: list[str] | None = None) -> Config:
+    """The configuration that a command line asks for; ``--network``, ``--loss``, ``--resume`` as the ancestor had them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG.yaml section.key=value", help="default: configs/ms1mv2_r50.yaml"
+    )
+    parser.add_argument("--config", help="the configuration file, for those used to the flag")
+    parser.add_argument("--network", help="short for model.network=")
+    parser.add_argument("--loss", help="short for head.margin.name= (ArcFace, CosFace, ...)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="latest",
+        help="go on from the newest checkpoint of the run (or 1), or from a PATH; 0: no",
+    )
+    arguments = parser.parse_args(argv)
+    words, resume = arguments.words, arguments.resume
+    if resume is not None and (resume.endswith((".yaml", ".yml")) or "=" in resume):
+        words, resume = [*words, resume], "latest"
+    files = [word for word in words if "=" not in word] + ([arguments.config] if arguments.config else [])
+    overrides = [word for word in words if "=" in word]
+    if len(files) > 1:
+        raise ConfigError(f"one configuration file, please; got {', '.join(files)} (overrides are section.key=value)")
+    if arguments.network is not None:
+        overrides.append(f"model.network={arguments.network}")
+    if arguments.loss is not None:
+        overrides.append(f"head.margin.name={arguments.loss.lower()}")
+    if resume is not None:
+        overrides.append(f"checkpoint.resume={ {'0': 'never', '1': 'latest'}.get(resume, resume) }".replace(" ", ""))
+    return load_config(files[0] if files else DEFAULT_CONFIG, overrides)
+
+
+def pick_device(name: str) -> str:
+    """``auto`` is a GPU where Paddle can use one, the CPU otherwise."""
+    if name != "auto":
+        return name
+    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0 else "cpu"
+
+
+@one_line_errors(ConfigError)
+def main(argv: list[str] | None = None) -> None:
+    """Command line entry."""
+    config = parse_arguments(argv)
+    distributed.init(pick_device(config.run.device))
+    run = build(config)
+    try:
+        train(run)
+    finally:
+        run.log.close()
+        run.loader.close()
+        run.watchdog.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Weights to start a fine-tuning from, and stages that stay as they are."""
+
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.weights import load_state, read_state
+
+
+def load_initial(backbone, head, backbone_path: str | None, head_path: str | None, freeze: tuple[str, ...]) -> None:
+    """Fill a new backbone and head from files, then freeze parameters.
+
+    Args:
+        backbone_path: anything ``utils.weights.read_state`` reads, or a run directory (its ``backbone.pdparams``).
+        head_path: class centres, ``.npy`` [C, D] or a file whose one 2-D array has that shape.
+        freeze: leading parts of parameter names (``layer1`` means ``layer1`` and ``layer1.…``).
+
+    Raises:
+        UserError: a file that does not fit; a name in ``freeze`` that no parameter starts with.
+    """
+    if backbone_path is not None:
+        path = Path(backbone_path)
+        path = path / "backbone.pdparams" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"init.backbone: {path}: no such file")
+        load_state(backbone, read_state(path), path)
+    if head_path is not None:
+        _load_head(head, Path(head_path))
+    for prefix in freeze:
+        named = [p for name, p in backbone.named_parameters() if name == prefix or name.startswith(prefix + ".")]
+        if not named:
+            stages = sorted({name.partition(".")[0] for name, _ in backbone.named_parameters()})
+            raise UserError(f"init.freeze: no parameter starts with {prefix!r}; this network has {', '.join(stages)}")
+        for parameter in named:
+            parameter.stop_gradient = True
+
+
+def _load_head(head, path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"init.head: {path}: no such file")
+    if path.suffix == ".npy":
+        candidates = [np.load(path, allow_pickle=False)]
+    else:
+        candidates = [array for array in read_state(path).values() if array.ndim == 2]
+    shape = (head.shard.num_classes, head.embedding_size)
+    fitting = [array for array in candidates if array.shape == shape]
+    if len(fitting) != 1:
+        found = ", ".join(str(list(array.shape)) for array in candidates[:3]) or "none"
+        raise UserError(f"init.head: {path}: class centres of shape {list(shape)} were expected, found {found}")
+    head.weight.set_value(np.ascontiguousarray(fitting[0][head.shard.start : head.shard.stop], np.float32))

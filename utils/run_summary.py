@@ -1,0 +1,46 @@
+"""One summary at the start of a run: model, classes, memory, batch, learning rate, length."""
+
+import math
+
+import paddle
+
+
+def summarize(run, num_images: int, resume: dict | None) -> str:
+    """Lines for the log; ``run`` is ``train.Run``."""
+    config, head = run.config, run.head
+    world_size = run.replica.world_size
+    weights = [p for name, p in run.replica.backbone.named_parameters() if not is_statistic(name)]
+    num_parameters = sum(math.prod(p.shape) for p in weights)
+    num_trained = sum(math.prod(p.shape) for p in weights if not p.stop_gradient)
+    slots = {"sgd": 1, "lars": 1, "adamw": 2}
+    backbone_mb = 4 * (num_parameters + num_trained * (1 + slots[config.optim.name])) / 2**20
+    head_mb = 4 * head.shard.num_local * head.embedding_size * (1 + slots[config.head.optimizer or "sgd"]) / 2**20
+    sampled = max(1, round(head.shard.num_local * head.sample_rate))
+    images = run.images_per_update
+    logits_mb = 4 * sampled * images / run.accumulation / 2**20
+    base = config.optim
+    scaling = "" if base.lr_batch is None else f" ({base.lr:g} x {images} / {base.lr_batch})"
+    schedule = run.schedule
+    margin = ", ".join(f"{key}={value}" for key, value in config.head.margin.kwargs().items())
+    lines = [
+        f"model      {config.model.network}: {num_parameters:,} parameters, embedding {head.embedding_size}, "
+        f"input {config.model.input_size}, {config.run.precision} on {paddle.get_device()}, paddle {paddle.__version__}",
+        f"head       {config.head.margin.name}({margin}), {head.shard.num_classes:,} classes, {head.shard.num_local:,} on "
+        f"this rank, sample_rate {head.sample_rate:g} ({sampled:,} an update)",
+        f"memory     about {backbone_mb + head_mb + logits_mb:,.0f} MB a rank before activations: backbone "
+        f"{backbone_mb:,.0f}, head {head_mb:,.0f}, logits {logits_mb:,.0f}",
+        f"data       {num_images:,} images ({config.data.kind}: {config.data.root or 'made here'})",
+        f"batch      {images} images an update = {world_size} rank(s) x {run.loader.batch_size} x {run.accumulation} "
+        "micro-batch(es)",
+        f"optimiser  {base.name}, lr {schedule.base_lr:g}{scaling}, {schedule.name} schedule, warm-up "
+        f"{schedule.warmup_steps} updates, clip {base.clip_norm:g}",
+        f"length     {schedule.total_steps:,} updates, {schedule.steps_per_epoch:,} an epoch; output {config.run.output}",
+    ]
+    if resume is not None:
+        lines.append(f"resume     {resume['path']}: update {resume['step']}, saved by {resume['world_size']} rank(s)")
+    return "\n".join(["run:", *lines])
+
+
+def is_statistic(name: str) -> bool:
+    """Batch-norm running means and variances, which Paddle counts among the parameters."""
+    return name.rpartition(".")[2] in ("_mean", "_variance")
