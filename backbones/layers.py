@@ -41,10 +41,27 @@ def batch_norm(num_features: int, data_format: str = "NCHW", epsilon: float = BN
 
 def batch_norm_1d(num_features: int, epsilon: float = BN_EPSILON, frozen_scale: bool = False) -> nn.BatchNorm1D:
     """Batch norm of embeddings [B, D]; ``frozen_scale`` keeps the scale at 1, out of training (trap 26)."""
-    layer = nn.BatchNorm1D(num_features, momentum=BN_MOMENTUM, epsilon=epsilon)
+    layer = (FrozenScaleBatchNorm1D if frozen_scale else nn.BatchNorm1D)(
+        num_features, momentum=BN_MOMENTUM, epsilon=epsilon
+    )
     if frozen_scale:
         layer.weight.stop_gradient = True
     return layer
+
+
+class FrozenScaleBatchNorm1D(nn.BatchNorm1D):
+    """Batch norm whose scale takes no part in training but whose shift does.
+
+    Paddle gives the shift no gradient where the scale wants none, so the operator sees a copy that wants one.
+    """
+
+    def forward(self, x):
+        weight = self.weight * 1.0
+        weight.stop_gradient = not self.training
+        return F.batch_norm(
+            x, self._mean, self._variance, weight, self.bias, self.training, self._momentum, self._epsilon,
+            self._data_format, self._use_global_stats,
+        )  # fmt: skip
 
 
 def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
