@@ -177,11 +177,11 @@ class PartialFC:
         optimizer.advance(float(lr))
         if not optimizer.lazy:
             stamp_N[self._rows] += 1
-        elif self._ids_S is None:
+        elif self.sample_rate == 1 and self._ids_S is None:
             optimizer.restart()
             stamp_N[:] = 0
-        else:
-            stamp_N[self._ids_S] = optimizer.now
+        else:  # also where a draw happens to hold all local rows: the table stays the same on all ranks
+            stamp_N[self._rows] = optimizer.now
             if optimizer.full:
                 self._catch_up_all()
                 optimizer.restart()
