@@ -132,10 +132,12 @@ class BackboneOptimizer:
             self.num_updates = num_updates or 0
             return
         if not self._accumulators():
-            # Paddle makes its accumulators in the first step: one without effect (rate 0, gradient 0).
+            # Paddle makes its accumulators in the first step that has a gradient: one without effect (rate 0,
+            # gradient 0), for those parameters that had one before.
+            named = {key.rpartition("/")[0] for key in state}
             with paddle.no_grad():
-                for parameter in self.parameters.values():
-                    parameter.grad = paddle.zeros_like(parameter)
+                for name, parameter in self.parameters.items():
+                    parameter.grad = paddle.zeros_like(parameter) if name in named else None
             self._update(0.0)
             self.clear_grad()
         own = self._accumulators()
