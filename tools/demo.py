@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cv2
 import numpy as np
 from prettytable import PrettyTable
 
@@ -54,9 +55,11 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def network_embed(run_dir: Path) -> Embed:
     """The trained backbone as a function of grey images: embedding plus that of the mirror image."""
     embedder = load_embedder(str(run_dir))
+    size = (embedder.input_size, embedder.input_size)
 
     def embed(image_NHW: np.ndarray) -> np.ndarray:
-        image_NHWC = np.repeat(image_NHW[..., None], 3, axis=-1)
+        small = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in image_NHW]
+        image_NHWC = np.repeat(np.stack(small)[..., None], 3, axis=-1)
         return embedder(image_NHWC) + embedder(image_NHWC, flip=True)
 
     return embed

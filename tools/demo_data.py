@@ -9,7 +9,6 @@ RecordIO, ten people whom training never sees become verification sets and a sma
 
 import argparse
 import hashlib
-import io
 import subprocess
 import sys
 import zipfile

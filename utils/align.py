@@ -39,9 +39,13 @@ def similarity_transform(source_K2: np.ndarray, target_K2: np.ndarray) -> np.nda
 
 
 def align_face(image: np.ndarray, landmark_52: np.ndarray, size: int = 112) -> np.ndarray:
-    """Warp a crop (uint8, [H, W] or [H, W, C]) to ``size`` x ``size``, landmarks on the scaled template.
+    """Warp a crop (uint8, [H, W] or [H, W, C]) onto the 112x112 template, then resize to ``size`` x ``size``.
 
-    Bilinear, black outside the crop.
+    Bilinear, black outside the crop. Warping straight to a smaller size would skip pixels (aliasing), and training
+    resizes its aligned 112x112 images in the same way.
     """
-    template_52 = np.asarray(ARCFACE_TEMPLATE) * (size / 112)
-    return cv2.warpAffine(image, similarity_transform(landmark_52, template_52), (size, size), borderValue=0)
+    matrix_23 = similarity_transform(landmark_52, np.asarray(ARCFACE_TEMPLATE))
+    aligned = cv2.warpAffine(image, matrix_23, (112, 112), borderValue=0)
+    if size == 112:
+        return aligned
+    return cv2.resize(aligned, (size, size), interpolation=cv2.INTER_AREA if size < 112 else cv2.INTER_LINEAR)
