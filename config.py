@@ -9,7 +9,9 @@ A wrong key or value raises ``ConfigError``: one line with the file, the setting
 Every default stands below beside its meaning and unit; ``steps`` are updates (not micro-batches).
 """
 
+import argparse
 import difflib
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,7 +228,7 @@ class Config(Section):
     init: InitConfig = InitConfig()
 
     def head_options(self) -> dict[str, Any]:
-        """Keyword arguments of ``PartialFC`` beyond classes, margin, rate, ranks and seed; unset ones follow ``optim``."""
+        """Keyword arguments of ``PartialFC`` beyond classes, margin, rate, ranks, seed; unset ones follow ``optim``."""
         head, optim = self.head, self.optim
         optimizer = head.optimizer or ("adamw" if optim.name == "adamw" else "sgd")
         return {
@@ -239,6 +241,22 @@ class Config(Section):
             "matmul_dtype": head.matmul_dtype,
             "chunk_rows": head.chunk,
         }
+
+    def source_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``dataset.build_source`` for this kind of data; ConfigError if the place is not set."""
+        data = self.data
+        needed = {"rec": "root", "folder": "root", "celeba": "root", "list": "list_file"}.get(data.kind)
+        if needed is not None and getattr(data, needed) is None:
+            raise ConfigError(f"data.{needed}: not set; say where the data of kind {data.kind!r} lies")
+        if data.kind == "synthetic":
+            return {
+                "num_classes": data.num_classes or 100,
+                "num_images": data.num_images or 10000,
+                "image_size": data.image_size or self.model.input_size,
+            }
+        extra = {"rec": {"prefix": data.prefix}, "list": {"list_file": data.list_file}, "mnist": {"split": data.split}}
+        options = {"root": data.root, **extra.get(data.kind, {})}
+        return {key: value for key, value in options.items() if value is not None}
 
     def optimizer_options(self) -> dict[str, Any]:
         """Keyword arguments of ``BackboneOptimizer``."""
@@ -261,12 +279,8 @@ _FREE = "data.augment."  # below it the names are those of utils/augment.py, che
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides, check everything.
 
-    Args:
-        path: YAML file; None: the defaults alone.
-        overrides: strings such as ``optim.lr=0.02``; the value is parsed as YAML.
-
-    Raises:
-        ConfigError: the file cannot be read, a key is unknown, a value does not fit.
+    ``path`` None takes the defaults alone; the value of an override (``optim.lr=0.02``) is parsed as YAML. Raises
+    ConfigError where the file cannot be read, a key is unknown or a value does not fit.
     """
     tree: Any = {}
     if path is not None:
@@ -290,6 +304,32 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         name = Path(path).stem if path is not None else "run"
         config = config.model_copy(update={"run": config.run.model_copy(update={"output": f"work_dirs/{name}"})})
     return config
+
+
+def parse_arguments(argv: list[str] | None, default: Path, description: str) -> Config:
+    """What ``train.py``'s command line asks for (the Paddle ancestor's flags included), of ``default`` if no file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml section.key=value", help=f"default: {default.name}")
+    parser.add_argument("--config", help="the configuration file, for those used to the flag")
+    parser.add_argument("--network", help="short for model.network=")
+    parser.add_argument("--loss", help="short for head.margin.name= (ArcFace, CosFace, ...)")
+    told = "go on from the run's newest checkpoint (or 1), or from a PATH; 0: no"
+    parser.add_argument("--resume", nargs="?", const="latest", help=told)
+    arguments = parser.parse_intermixed_args(argv)
+    words, resume = arguments.words, arguments.resume
+    if resume and (resume.endswith((".yaml", ".yml")) or "=" in resume):  # argparse took the next word for its value
+        words, resume = [*words, resume], "latest"
+    files = [word for word in words if "=" not in word] + ([arguments.config] if arguments.config else [])
+    overrides = [word for word in words if "=" in word]
+    if len(files) > 1:
+        raise ConfigError(f"one configuration file, please; got {', '.join(files)} (overrides are section.key=value)")
+    flags = {
+        "model.network": arguments.network,
+        "head.margin.name": arguments.loss and arguments.loss.lower(),
+        "checkpoint.resume": {"0": "never", "1": "latest"}.get(resume, resume),
+    }
+    overrides += [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
+    return load_config(files[0] if files else default, overrides)
 
 
 def dump_config(config: Config) -> str:

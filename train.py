@@ -7,7 +7,6 @@
 One update is ``update``; the loop around it is ``train``; what they work on is made in ``build``.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -17,26 +16,13 @@ from pathlib import Path
 import paddle
 
 from backbones import build_backbone
-from config import Config, ConfigError, dump_config, load_config
+from config import Config, ConfigError, dump_config, parse_arguments
 from dataset import build_source, build_train_loader
 from eval.during_training import Verification
 from losses import build_margin
 from partial_fc import PartialFC
 from utils import distributed
-from utils.callbacks import (
-    Meter,
-    SpikeDetector,
-    StopSignal,
-    agree,
-    angle_stats,
-    due,
-    fetch,
-    finish,
-    log_update,
-    report_odd,
-    save,
-    together,
-)
+from utils.callbacks import Meter, SpikeDetector, StopSignal, agree, angle_stats, due
 from utils.checkpoint import CheckpointWriter
 from utils.ema import Ema
 from utils.errors import UserError, one_line_errors
@@ -45,42 +31,15 @@ from utils.logging import RunLog
 from utils.lr_schedule import LrSchedule, scaled_lr
 from utils.optim import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
 from utils.parallel import Replica
-from utils.precision import LossScaler, autocast, check_precision
+from utils.precision import LossScaler, autocast, check_precision, pick_device
 from utils.run_folder import open_run_folder, save_pdparams, write_text
-from utils.run_state import Progress, find_resume, fit_batch, restore, seed_update
+from utils.run_state import Run, find_resume, fit_batch, restore, seed_update
+from utils.run_steps import fetch, finish, log_update, report_odd, save, together
 from utils.run_summary import summarize
 from utils.watchdog import Watchdog
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "ms1mv2_r50.yaml"
-
-
-@dataclasses.dataclass
-class Run:
-    """The parts of one run on this rank."""
-
-    config: Config
-    loader: object
-    replica: Replica  # the backbone
-    head: PartialFC
-    optimizer: BackboneOptimizer
-    schedule: LrSchedule
-    scaler: LossScaler
-    ema: Ema | None
-    verification: Verification | None
-    log: RunLog
-    writer: CheckpointWriter
-    watchdog: Watchdog
-    spikes: SpikeDetector
-    accumulation: int
-    images_per_update: int  # of all ranks
-    progress: Progress = dataclasses.field(default_factory=Progress)
-    batch_keys: object = None  # records of this rank's last micro-batch
-
-    @property
-    def schedule_step(self) -> float:
-        """Updates' worth of images done; ``progress.step`` unless a resume changed the global batch."""
-        state = self.loader.state_dict()
-        return state["epoch"] * self.schedule.steps_per_epoch + state["position"] / self.images_per_update
+WHERE_DATA_IS = "MS1MV2, MS1MV3, Glint360K: github.com/deepinsight/insightface, recognition/_datasets_"
 
 
 def build(config: Config) -> Run:
@@ -89,8 +48,7 @@ def build(config: Config) -> Run:
     run, data, model, optim, plan = config.run, config.data, config.model, config.optim, config.schedule
     with together():
         check_precision(run.precision, paddle.get_device())
-        source = open_source(config)
-        num_classes = check_classes(config, source)
+        source, num_classes = open_source(config)
         margin = build_margin(config.head.margin.name, **config.head.margin.kwargs())
         paddle.seed(run.seed)
         backbone = build_backbone(model.network, **model.kwargs())
@@ -242,91 +200,27 @@ def verify(run: Run) -> bool:
     return improved
 
 
-def open_source(config: Config):
-    """The data source that ``data`` describes."""
-    data = config.data
-    options = {
-        "rec": {"root": data.root, "prefix": data.prefix},
-        "folder": {"root": data.root},
-        "list": {"list_file": data.list_file, "root": data.root},
-        "celeba": {"root": data.root},
-        "mnist": {"root": data.root, "split": data.split or "train"},
-        "synthetic": {
-            "num_classes": data.num_classes or 100,
-            "num_images": data.num_images or 10000,
-            "image_size": data.image_size or config.model.input_size,
-        },
-    }[data.kind]
-    needed = "list_file" if data.kind == "list" else "root"
-    if needed in options and options[needed] is None:
-        raise UserError(f"data.{needed}: not set; say where the data of kind {data.kind!r} lies")
+def open_source(config: Config) -> tuple:
+    """The data source and its number of classes, which configuration and data must agree on."""
+    data, place = config.data, config.data.list_file or config.data.root
     try:
-        source = build_source(data.kind, **options)
+        source = build_source(data.kind, **config.source_options())
     except FileNotFoundError as error:
-        raise UserError(
-            f"{error}; put the data set into {options[needed]} or set data.{needed}=PATH (MS1MV2, MS1MV3, Glint360K and "
-            "others: github.com/deepinsight/insightface, recognition/_datasets_)"
-        ) from None
+        raise UserError(f"{error}; put the data set there or set data.root=FOLDER ({WHERE_DATA_IS})") from None
     if len(source) == 0:
-        raise UserError(f"{options.get(needed)}: no images in it")
-    return source
-
-
-def check_classes(config: Config, source) -> int:
-    """The number of classes, by the configuration and by the data, which must agree."""
-    asked, found = config.data.num_classes, source.num_classes
+        raise UserError(f"{place}: no images in it")
+    asked, found = data.num_classes, source.num_classes
     if asked is not None and found is not None and asked != found:
-        raise UserError(
-            f"data.num_classes: {asked}, but the data ({config.data.root}) has {found} identities; set {found}"
-        )
+        raise UserError(f"data.num_classes: {asked}, but the data ({place}) has {found} identities; set {found}")
     if asked is None and found is None:
-        raise UserError(f"data.num_classes: not set, and the data ({config.data.root}) does not say; set it")
-    return asked or found
-
-
-def parse_arguments(argv: list[str] | None = None) -> Config:
-    """The configuration that a command line asks for; ``--network``, ``--loss``, ``--resume`` as the ancestor had them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "words", nargs="*", metavar="CONFIG.yaml section.key=value", help="default: configs/ms1mv2_r50.yaml"
-    )
-    parser.add_argument("--config", help="the configuration file, for those used to the flag")
-    parser.add_argument("--network", help="short for model.network=")
-    parser.add_argument("--loss", help="short for head.margin.name= (ArcFace, CosFace, ...)")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="latest",
-        help="go on from the newest checkpoint of the run (or 1), or from a PATH; 0: no",
-    )
-    arguments = parser.parse_args(argv)
-    words, resume = arguments.words, arguments.resume
-    if resume is not None and (resume.endswith((".yaml", ".yml")) or "=" in resume):
-        words, resume = [*words, resume], "latest"
-    files = [word for word in words if "=" not in word] + ([arguments.config] if arguments.config else [])
-    overrides = [word for word in words if "=" in word]
-    if len(files) > 1:
-        raise ConfigError(f"one configuration file, please; got {', '.join(files)} (overrides are section.key=value)")
-    if arguments.network is not None:
-        overrides.append(f"model.network={arguments.network}")
-    if arguments.loss is not None:
-        overrides.append(f"head.margin.name={arguments.loss.lower()}")
-    if resume is not None:
-        overrides.append(f"checkpoint.resume={ {'0': 'never', '1': 'latest'}.get(resume, resume) }".replace(" ", ""))
-    return load_config(files[0] if files else DEFAULT_CONFIG, overrides)
-
-
-def pick_device(name: str) -> str:
-    """``auto`` is a GPU where Paddle can use one, the CPU otherwise."""
-    if name != "auto":
-        return name
-    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0 else "cpu"
+        raise UserError(f"data.num_classes: not set, and the data ({place}) does not say; set it")
+    return source, asked or found
 
 
 @one_line_errors(ConfigError)
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    config = parse_arguments(argv)
+    config = parse_arguments(argv, DEFAULT_CONFIG, __doc__)
     distributed.init(pick_device(config.run.device))
     run = build(config)
     try:

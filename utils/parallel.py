@@ -1,4 +1,4 @@
-"""One copy of the backbone a rank: gradients averaged over ranks, running statistics too; the same code for 1..W ranks."""
+"""One copy of the backbone a rank: gradients and running statistics averaged; the same code for 1..W ranks."""
 
 import contextlib
 

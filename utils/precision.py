@@ -14,6 +14,13 @@ from utils.errors import UserError
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
+def pick_device(name: str) -> str:
+    """``auto`` is a GPU where Paddle can use one, the CPU otherwise."""
+    if name != "auto":
+        return name
+    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0 else "cpu"
+
+
 def check_precision(precision: str, device: str) -> None:
     """UserError if this precision cannot be had on this device."""
     if precision != "fp32" and device == "cpu":

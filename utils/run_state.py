@@ -1,12 +1,10 @@
-"""What of a run is saved, and how a run goes on from it: at the same number of ranks bit for bit, at any other exactly.
-
-``run`` below is ``train.Run``; only its parts are used.
-"""
+"""What of a run is saved, and how a run goes on from it: bit for bit at as many ranks, exactly at any other number."""
 
 import importlib.metadata
 import platform
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import paddle
@@ -36,6 +34,35 @@ class Progress:
         self.verifications_since_best += 1
         self.stopped_early = 0 < patience <= self.verifications_since_best
         return False
+
+
+@dataclass
+class Run:
+    """The parts of one run on this rank; ``train.build`` makes them."""
+
+    config: Any  # config.Config
+    loader: Any  # utils.loader.TrainLoader
+    replica: Any  # utils.parallel.Replica, the backbone
+    head: Any  # partial_fc.PartialFC
+    optimizer: Any  # utils.optim.BackboneOptimizer
+    schedule: Any  # utils.lr_schedule.LrSchedule
+    scaler: Any  # utils.precision.LossScaler
+    ema: Any  # utils.ema.Ema or None
+    verification: Any  # eval.during_training.Verification or None
+    log: Any  # utils.logging.RunLog
+    writer: Any  # utils.checkpoint.CheckpointWriter
+    watchdog: Any  # utils.watchdog.Watchdog
+    spikes: Any  # utils.callbacks.SpikeDetector
+    accumulation: int  # micro-batches an update
+    images_per_update: int  # of all ranks
+    progress: Progress = field(default_factory=Progress)
+    batch_keys: Any = None  # records of this rank's last micro-batch
+
+    @property
+    def schedule_step(self) -> float:
+        """Updates' worth of images done; ``progress.step`` unless a resume changed the global batch."""
+        state = self.loader.state_dict()
+        return state["epoch"] * self.schedule.steps_per_epoch + state["position"] / self.images_per_update
 
 
 def seed_update(seed: int, step: int, rank: int) -> None:
@@ -69,8 +96,8 @@ def find_resume(run_dir: str, resume: str, expected: dict) -> dict | None:
     for name, value in expected.items():
         if meta["run"][name] != value:
             raise UserError(
-                f"{path}: {name} is {meta['run'][name]!r} there and {value!r} in this configuration; --resume continues "
-                "the same model: to start from its weights use init.backbone= (and init.head=) instead"
+                f"{path}: {name} is {meta['run'][name]!r} there and {value!r} in this configuration; --resume "
+                "continues the same model: to start from its weights use init.backbone= (and init.head=) instead"
             )
     return {**meta, "path": str(path)}
 
@@ -78,37 +105,29 @@ def find_resume(run_dir: str, resume: str, expected: dict) -> dict | None:
 def fit_batch(resume: dict | None, batch_size: int, accumulation: int, world_size: int) -> tuple[int, int, str | None]:
     """(batch size of a rank, accumulation, what to tell) so that a resume keeps the global batch if it can.
 
-    The accumulation is changed first, the batch size of a rank only where that does not divide.
+    Kept by a batch of a rank that divides its share, no larger than the configured one (memory) and no less than half
+    of it (batch norms), the rest by accumulation.
     """
     if resume is None:
         return batch_size, accumulation, None
     before, now = resume["run"]["global_batch"], batch_size * accumulation * world_size
+    ranks = f"{resume['world_size']} rank(s) then, {world_size} now"
     if before == now:
         return batch_size, accumulation, None
-    ranks = f"{resume['world_size']} rank(s) then, {world_size} now"
     if resume["world_size"] != world_size and before % world_size == 0:
-        mine = before // world_size
-        if mine % batch_size == 0:
-            batch_size, accumulation = batch_size, mine // batch_size
-        else:
-            # The largest batch that fits the configured memory and divides this rank's share.
-            batch_size = max(size for size in range(1, min(batch_size, mine) + 1) if mine % size == 0)
-            accumulation = mine // batch_size
-        return (
-            batch_size,
-            accumulation,
-            (
-                f"global batch of {before} kept ({ranks}): batch_size {batch_size}, accumulation {accumulation} on each rank"
-            ),
-        )
-    return (
-        batch_size,
-        accumulation,
-        (f"global batch changes from {before} to {now} images ({ranks}); the schedule goes on at the same epoch"),
-    )
+        share = before // world_size
+        largest = min(batch_size, share)
+        fitting = [size for size in range(largest, (largest - 1) // 2, -1) if share % size == 0]
+        if fitting:
+            note = (
+                f"global batch of {before} kept ({ranks}): batch_size {fitting[0]}, accumulation {share // fitting[0]}"
+            )
+            return fitting[0], share // fitting[0], note
+    note = f"global batch changes from {before} to {now} images ({ranks}); the schedule goes on at the same epoch"
+    return batch_size, accumulation, note
 
 
-def snapshot(run) -> Snapshot:
+def snapshot(run: Run) -> Snapshot:
     """Copies of everything the next update depends on."""
     shared = {
         "backbone": {name: tensor.numpy() for name, tensor in run.replica.backbone.state_dict().items()},
@@ -139,7 +158,7 @@ def snapshot(run) -> Snapshot:
     return Snapshot(run.progress.step, head.row_state(), head.shard.start, head.table_state(), shared, meta)
 
 
-def restore(run, meta: dict) -> None:
+def restore(run: Run, meta: dict) -> None:
     """Put a run into the state of a checkpoint; every rank reads the class rows that are its own."""
     loaded = load_checkpoint(meta["path"], run.head.shard.start, run.head.shard.num_local)
     load_layer(run.replica.backbone, loaded.shared["backbone"], meta["path"])
@@ -154,8 +173,8 @@ def restore(run, meta: dict) -> None:
     run.loader.load_state_dict(meta["loader"])
     run.scaler.load_state(meta["scaler"])
     run.spikes.load_state(meta["spikes"])
-    for field in fields(Progress):
-        setattr(run.progress, field.name, meta["progress"][field.name])
+    for each in fields(Progress):
+        setattr(run.progress, each.name, meta["progress"][each.name])
     run.progress.stopped_early = False
 
 

@@ -6,7 +6,7 @@ import paddle
 
 
 def summarize(run, num_images: int, resume: dict | None) -> str:
-    """Lines for the log; ``run`` is ``train.Run``."""
+    """Lines for the log; ``run`` is ``run_state.Run``."""
     config, head = run.config, run.head
     world_size = run.replica.world_size
     weights = [p for name, p in run.replica.backbone.named_parameters() if not is_statistic(name)]
@@ -24,9 +24,10 @@ def summarize(run, num_images: int, resume: dict | None) -> str:
     margin = ", ".join(f"{key}={value}" for key, value in config.head.margin.kwargs().items())
     lines = [
         f"model      {config.model.network}: {num_parameters:,} parameters, embedding {head.embedding_size}, "
-        f"input {config.model.input_size}, {config.run.precision} on {paddle.get_device()}, paddle {paddle.__version__}",
-        f"head       {config.head.margin.name}({margin}), {head.shard.num_classes:,} classes, {head.shard.num_local:,} on "
-        f"this rank, sample_rate {head.sample_rate:g} ({sampled:,} an update)",
+        f"input {config.model.input_size}, {config.run.precision} on {paddle.get_device()}, "
+        f"paddle {paddle.__version__}",
+        f"head       {config.head.margin.name}({margin}), {head.shard.num_classes:,} classes, {head.shard.num_local:,} "
+        f"on this rank, sample_rate {head.sample_rate:g} ({sampled:,} an update)",
         f"memory     about {backbone_mb + head_mb + logits_mb:,.0f} MB a rank before activations: backbone "
         f"{backbone_mb:,.0f}, head {head_mb:,.0f}, logits {logits_mb:,.0f}",
         f"data       {num_images:,} images ({config.data.kind}: {config.data.root or 'made here'})",
@@ -34,7 +35,8 @@ def summarize(run, num_images: int, resume: dict | None) -> str:
         "micro-batch(es)",
         f"optimiser  {base.name}, lr {schedule.base_lr:g}{scaling}, {schedule.name} schedule, warm-up "
         f"{schedule.warmup_steps} updates, clip {base.clip_norm:g}",
-        f"length     {schedule.total_steps:,} updates, {schedule.steps_per_epoch:,} an epoch; output {config.run.output}",
+        f"length     {schedule.total_steps:,} updates, {schedule.steps_per_epoch:,} an epoch",
+        f"output     {config.run.output}",
     ]
     if resume is not None:
         lines.append(f"resume     {resume['path']}: update {resume['step']}, saved by {resume['world_size']} rank(s)")
