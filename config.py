@@ -201,6 +201,7 @@ class LogConfig(Section):
     visualdl: bool = False
     angles: bool = True  # theta to the own and to the nearest other class, on each logged step
     plane_every_steps: NonNegativeInt = 0  # 2-D embeddings: draw the plane so often; 0: never
+    plane_beside: str | None = None  # run directory whose plane is drawn on the left of ours
     samples: NonNegativeInt = 0  # training images shown in the event file at start
     spike: PositiveFloat = 3.0  # a loss above its running mean by so many standard deviations and half the mean is told
 

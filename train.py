@@ -31,6 +31,7 @@ from utils.logging import RunLog
 from utils.lr_schedule import LrSchedule, scaled_lr
 from utils.optim import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
 from utils.parallel import Replica
+from utils.pictures import open_pictures
 from utils.precision import LossScaler, autocast, check_precision, pick_device
 from utils.run_folder import open_run_folder, save_pdparams, write_text
 from utils.run_state import Run, find_resume, fit_batch, restore, seed_update
@@ -91,6 +92,7 @@ def build(config: Config) -> Run:
         accumulation, images_per_update,
     )  # fmt: skip
     with together():
+        parts.pictures = open_pictures(config, log, build_source)
         if resume:
             restore(parts, resume)
         if rank == 0:
@@ -172,10 +174,14 @@ def train(run: Run) -> None:
             if log_due:
                 log_update(run, done, lr, meter)
             with meter.paused():
+                if run.pictures is not None:
+                    run.pictures.draw(run.replica.backbone, run.head, progress.step, batches[0][0])
                 improved = due(progress.step, config.verify.every_steps) and verify(run)
                 if improved or due(progress.step, config.checkpoint.every_steps):
                     save(run, best=improved)
         improved = config.verify.at_end and not stop.agreed and progress.verified_step != progress.step and verify(run)
+        if run.pictures is not None:
+            run.pictures.draw(run.replica.backbone, run.head, progress.step)
         finish(run, best=improved, stopped=stop.agreed)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import distributed
+from utils.callbacks import due
 from utils.errors import UserError
 from utils.plane import (
     PLANE_FILE,
@@ -28,6 +29,27 @@ MAX_IMAGES = 5000  # of the plane
 BATCH = 250
 
 
+def open_pictures(config, log, build_source) -> "Pictures | None":
+    """The pictures that a ``config.Config`` asks for, None if it asks for none.
+
+    The plane shows the test split where the data has one. ``build_source``: ``dataset.build_source``.
+
+    Raises:
+        UserError: a plane of an embedding that is not 2-D.
+    """
+    every, size = config.log.plane_every_steps, config.model.embedding_size
+    if not (every or config.log.samples):
+        return None
+    if every and size != 2:
+        raise UserError(f"log.plane_every_steps: {every} with model.embedding_size={size}; a plane needs 2")
+    source = None
+    if every:
+        split = {"split": "test"} if config.data.kind == "mnist" else {}
+        source = build_source(config.data.kind, **{**config.source_options(), **split})
+    title = config.head.margin.name
+    return Pictures(config.run.output, log, source, every, title, config.log.plane_beside, config.log.samples)
+
+
 class Pictures:
     """Draws for one run; rank 0 draws, all ranks call.
 
@@ -35,15 +57,24 @@ class Pictures:
         run_dir: the run directory.
         log: ``utils.logging.RunLog`` (``image``, ``scalars``, ``info``, ``event``).
         source: images of the plane, a class of ``dataset.py``; None: no plane.
+        every_steps: cadence of the plane, in updates.
         title: above the plane.
         beside: run directory, or ``plane.npz``, of a run to draw on the left; skipped, with a word, until it exists.
         num_samples: training images shown at the start.
     """
 
     def __init__(
-        self, run_dir: str | Path, log, source=None, title: str = "", beside: str | None = None, num_samples: int = 0
+        self,
+        run_dir: str | Path,
+        log,
+        source=None,
+        every_steps: int = 0,
+        title: str = "",
+        beside: str | None = None,
+        num_samples: int = 0,
     ):
         self.run_dir, self.log, self.title, self.num_samples = Path(run_dir), log, title, num_samples
+        self.every_steps = every_steps
         self._beside = None if beside is None else Path(beside)
         self._image_NHWC = self._label_N = None
         self._drawn_step = -1
@@ -53,6 +84,16 @@ class Pictures:
             images, labels = zip(*(source[int(index)] for index in chosen), strict=True)
             self._image_NHWC, self._label_N = np.stack(images), np.array(labels, np.int64)
         self.has_plane = source is not None
+
+    def draw(self, backbone, head, step: int, image_BCHW=None) -> None:
+        """What is due after update ``step``: samples after the first one, the plane on its cadence. All ranks call it.
+
+        ``image_BCHW``: a training batch of this rank; without it the plane is drawn whatever the cadence (the end).
+        """
+        if image_BCHW is not None and step == 1:
+            self.samples(image_BCHW)
+        if image_BCHW is None or due(step, self.every_steps):
+            self.plane(backbone, head, step)
 
     def samples(self, image_BCHW) -> None:
         """The first images of a training batch as the network sees them; local, no collective."""

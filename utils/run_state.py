@@ -57,6 +57,7 @@ class Run:
     images_per_update: int  # of all ranks
     progress: Progress = field(default_factory=Progress)
     batch_keys: Any = None  # records of this rank's last micro-batch
+    pictures: Any = None  # utils.pictures.Pictures or None
 
     @property
     def schedule_step(self) -> float:
