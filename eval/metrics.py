@@ -6,7 +6,9 @@ rate is a quotient of integer counts, so no loop over thresholds is needed: one 
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +16,7 @@ ACCURACY_GRID = (0.0, 4.0, 0.01)
 VAL_GRID = (0.0, 4.0, 0.001)
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _PAIRS_PER_BLOCK = 64
+_NUM_THREADS = 2
 _WHOLE_CURVE_PAIRS = 1 << 17
 
 
@@ -80,18 +83,29 @@ def pair_distances(embedding_ND: np.ndarray) -> np.ndarray:
     if embedding_ND.ndim != 2 or len(embedding_ND) % 2:
         raise ValueError(f"embeddings have shape {embedding_ND.shape}; [2 * pairs, size] is needed")
     distance_P = np.empty(len(embedding_ND) // 2)
-    for start in range(0, len(distance_P), _PAIRS_PER_BLOCK):
-        rows = embedding_ND[2 * start : 2 * (start + _PAIRS_PER_BLOCK)].astype(np.float64)
-        norm = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-        norm[norm == 0] = 1
-        rows /= norm[:, None]
-        difference = rows[0::2] - rows[1::2]
-        distance_P[start : start + len(difference)] = np.square(difference, out=difference).sum(1)
+    bounds = np.linspace(0, len(distance_P), _NUM_THREADS + 1).astype(int)
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        list(threads.map(partial(_fill_distances, embedding_ND, distance_P), bounds[:-1], bounds[1:]))
     if not np.isfinite(distance_P).all():
         pair = int(np.flatnonzero(~np.isfinite(distance_P))[0])
         row = 2 * pair + int(np.isfinite(embedding_ND[2 * pair]).all())
         raise ValueError(f"embedding {row} holds NaN or infinity (or overflows when squared)")
     return distance_P
+
+
+def _fill_distances(embedding_ND, distance_P, first, stop):
+    """Distances of pairs first ... stop - 1, block by block in buffers that stay in cache."""
+    rows_BD = np.empty((2 * _PAIRS_PER_BLOCK, embedding_ND.shape[1]))
+    difference_BD = np.empty((_PAIRS_PER_BLOCK, embedding_ND.shape[1]))
+    for start in range(first, stop, _PAIRS_PER_BLOCK):
+        end = min(start + _PAIRS_PER_BLOCK, stop)
+        rows, difference = rows_BD[: 2 * (end - start)], difference_BD[: end - start]
+        rows[...] = embedding_ND[2 * start : 2 * end]
+        norm = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        norm[norm == 0] = 1
+        rows /= norm[:, None]
+        np.subtract(rows[0::2], rows[1::2], out=difference)
+        np.square(difference, out=difference).sum(1, out=distance_P[start:end])
 
 
 def verification_metrics(
@@ -170,7 +184,8 @@ def tar_at_far(score_P: np.ndarray, same_P: np.ndarray, fars: Sequence[float] = 
     while True:
         fps_K, tps_K, score_K = _curve(score_P, same_P, fraction)
         complete = fps_K[-1] + tps_K[-1] == len(score_P)
-        rows = [_at_far(far, fps_K, tps_K, score_K, num_same, num_different, complete) for far in fars]
+        curve = _Curve(fps_K, tps_K, score_K, _corners(fps_K, tps_K, complete), num_same, num_different, complete)
+        rows = [_at_far(far, curve) for far in fars]
         if None not in rows:
             return rows
         fraction = min(1.0, 4 * fraction)
@@ -209,35 +224,55 @@ def _curve(score_P, same_P, fraction):
         limit = np.quantile(sample, 1 - fraction)
         taken = np.flatnonzero(score_P >= limit)
         score_P, same_P = score_P[taken], same_P[taken]
-    order = np.argsort(score_P)[::-1]
-    score_P = score_P[order]
-    last_K = np.append(np.flatnonzero(score_P[1:] != score_P[:-1]), len(score_P) - 1)
-    tps_K = np.cumsum(same_P[order])[last_K]
-    return last_K + 1 - tps_K, tps_K, score_P[last_K]
+    ascending = np.sort(score_P)
+    first_K = np.append(0, np.flatnonzero(ascending[1:] != ascending[:-1]) + 1)
+    score_K = ascending[first_K]
+    # Only the few genuine pairs are looked up; everything else at or above a score is an impostor.
+    same_K = np.bincount(np.searchsorted(score_K, score_P[same_P]), minlength=len(score_K))
+    tps_K = np.cumsum(same_K[::-1])
+    return (len(score_P) - first_K)[::-1] - tps_K, tps_K, score_K[::-1]
 
 
-def _at_far(far, fps_K, tps_K, score_K, num_same, num_different, complete):
-    """One row, or None where the part of the curve at hand cannot decide it."""
-    num_known = len(fps_K) if complete else len(fps_K) - 1
-    if num_known < 2 and not complete:
-        return None
-    fpr_K = fps_K / num_different
+@dataclass(frozen=True)
+class _Curve:
+    """Counts of false and true accepts at each distinct score, best first; indices of the points tables may use."""
+
+    fps_K: np.ndarray
+    tps_K: np.ndarray
+    score_K: np.ndarray
+    corners: np.ndarray
+    num_same: int
+    num_different: int
+    complete: bool
+
+
+def _corners(fps_K, tps_K, complete):
+    """Points that scikit-learn keeps: both ends, and those where a step differs from the one before.
+
+    Of an incomplete curve the last point is left out: the step after it is not known.
+    """
     kept_K = np.ones(len(fps_K), bool)
     kept_K[1:-1] = (np.diff(fps_K, 2) != 0) | (np.diff(tps_K, 2) != 0)
-    kept = np.flatnonzero(kept_K[:num_known])
+    kept_K[-1] = complete
+    return np.flatnonzero(kept_K)
+
+
+def _at_far(far: float, curve: _Curve) -> TarAtFar | None:
+    """One row, or None where the part of the curve at hand cannot decide it."""
     # The curve starts at (0, 0), one point before the best score.
-    distance = np.abs(np.append(0.0, fpr_K[kept]) - far)
+    fpr = np.append(0.0, curve.fps_K[curve.corners] / curve.num_different)
+    distance = np.abs(fpr - far)
     best = len(distance) - 1 - int(distance[::-1].argmin())
-    if not complete and fpr_K[-1] - far <= distance[best]:
+    if not curve.complete and curve.fps_K[-1] / curve.num_different - far <= distance[best]:
         return None
-    within = int(np.searchsorted(fpr_K, far, side="right")) - 1
+    within = int(np.searchsorted(curve.fps_K / curve.num_different, far, side="right")) - 1
     return TarAtFar(
         far=far,
-        nearest=float(tps_K[kept[best - 1]] / num_same) if best else 0.0,
-        nearest_far=float(fpr_K[kept[best - 1]]) if best else 0.0,
-        strict=float(tps_K[within] / num_same) if within >= 0 else 0.0,
-        strict_far=float(fpr_K[within]) if within >= 0 else 0.0,
-        threshold=float(score_K[within]) if within >= 0 else float("inf"),
+        nearest=float(curve.tps_K[curve.corners[best - 1]] / curve.num_same) if best else 0.0,
+        nearest_far=float(fpr[best]),
+        strict=float(curve.tps_K[within] / curve.num_same) if within >= 0 else 0.0,
+        strict_far=float(curve.fps_K[within] / curve.num_different) if within >= 0 else 0.0,
+        threshold=float(curve.score_K[within]) if within >= 0 else float("inf"),
     )
 
 

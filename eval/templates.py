@@ -10,8 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import sparse
 
-_ROWS_PER_BLOCK = 1024
-_SCORES_PER_BLOCK = 1 << 22
+_ROWS_PER_BLOCK = 256
+_SCORES_PER_BLOCK = 1 << 25
+_PAIRS_PER_CHUNK = 1 << 18
+_PAIRS_PER_GATHER = 1 << 11
+_RECTANGLE_PAIRS = 100_000
 _NUM_THREADS = 2
 
 
@@ -44,13 +47,14 @@ def pool_templates(
             f"{num_images} features, {template_N.shape} template ids and {media_N.shape} media ids; "
             "there must be at least one image, and one id of each kind an image"
         )
-    order_N = np.lexsort((media_N, template_N))
+    order_N = _order(template_N, media_N)
     template_sorted, media_sorted = template_N[order_N], media_N[order_N]
     new_template = np.append(True, template_sorted[1:] != template_sorted[:-1])
     new_media = new_template | np.append(True, media_sorted[1:] != media_sorted[:-1])
     media_start = np.append(np.flatnonzero(new_media), num_images)
     template_start = np.append(np.flatnonzero(new_template), num_images)
     template_T = template_sorted[new_template]
+    weight_N = np.repeat(1 / np.diff(media_start), np.diff(media_start))
     to_float64 = transform or (lambda rows, _: rows.astype(np.float64))
     size = to_float64(np.asarray(feature_ND[:1]), np.zeros(1, np.int64)).shape[1]
     feature_TD = np.empty((len(template_T), size))
@@ -58,10 +62,9 @@ def pool_templates(
     def pool(first: int, stop: int) -> None:
         start, end = template_start[first], template_start[stop]
         rows = to_float64(feature_ND[order_N[start:end]], order_N[start:end])
-        bounds = media_start[np.searchsorted(media_start, start) : np.searchsorted(media_start, end) + 1]
-        media = _sum_runs(rows, bounds - start)
-        media /= np.diff(bounds)[:, None]
-        sums = _sum_runs(media, np.searchsorted(bounds, template_start[first : stop + 1]))
+        # Row i of this sparse matrix holds 1 / (images of the medium) for each image of template i.
+        matrix = (weight_N[start:end], np.arange(end - start), template_start[first : stop + 1] - start)
+        sums = sparse.csr_matrix(matrix, shape=(stop - first, end - start)) @ rows
         norm = np.sqrt(np.einsum("ij,ij->i", sums, sums))
         norm[norm == 0] = 1
         np.divide(sums, norm[:, None], out=feature_TD[first:stop])
@@ -93,18 +96,26 @@ def score_pairs(template_T: np.ndarray, feature_TD: np.ndarray, left_P: np.ndarr
     feature_TD = np.asarray(feature_TD, np.float64)
     find = _RowFinder(template_T)
     left_P, right_P = find(left_P), find(right_P)
-    left_rows, left_P = _compact(left_P, len(feature_TD))
-    right_rows, right_P = _compact(right_P, len(feature_TD))
-    if len(left_P) < 100_000 or len(left_rows) * len(right_rows) > 16 * len(left_P):
-        return _score_gathered(feature_TD, left_rows, right_rows, left_P, right_P)
-    return _score_rectangle(feature_TD[left_rows], feature_TD[right_rows], left_P, right_P)
+    left_T, right_T = (_used(row_P, len(feature_TD)) for row_P in (left_P, right_P))
+    if len(left_P) >= _RECTANGLE_PAIRS and left_T.sum() * right_T.sum() <= 16 * len(left_P):
+        return _score_rectangle(feature_TD, left_T, right_T, left_P, right_P)
+    score_P = np.empty(len(left_P))
+    for start in range(0, len(left_P), _PAIRS_PER_GATHER):
+        part = slice(start, start + _PAIRS_PER_GATHER)
+        score_P[part] = (feature_TD[left_P[part]] * feature_TD[right_P[part]]).sum(1)
+    return score_P
 
 
-def _sum_runs(rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Sums of consecutive rows, run i being ``bounds[i]:bounds[i + 1]``; rows are added in order."""
-    num_rows = len(rows)
-    ones = np.ones(num_rows)
-    return sparse.csr_matrix((ones, np.arange(num_rows), bounds), shape=(len(bounds) - 1, num_rows)) @ rows
+def _order(template_N: np.ndarray, media_N: np.ndarray) -> np.ndarray:
+    """Indices by template, then media, then position: one fast sort of a combined number where it fits in 63 bits."""
+    num_images = len(template_N)
+    if template_N.dtype.kind in "iu" and media_N.dtype.kind in "iu":
+        low, high = (int(template_N.min()), int(media_N.min())), (int(template_N.max()), int(media_N.max()))
+        num_media = high[1] - low[1] + 1
+        if (high[0] - low[0] + 1) * num_media * num_images < 2**63:
+            key_N = (template_N.astype(np.int64) - low[0]) * num_media + (media_N.astype(np.int64) - low[1])
+            return np.sort(key_N * num_images + np.arange(num_images)) % num_images
+    return np.lexsort((media_N, template_N))
 
 
 def _blocks(start: np.ndarray, size: int) -> np.ndarray:
@@ -118,72 +129,93 @@ class _RowFinder:
 
     def __init__(self, template_T: np.ndarray):
         template_T = np.asarray(template_T)
-        self.order_T = np.argsort(template_T, kind="stable")
+        self.order_T = np.argsort(template_T, kind="stable").astype(np.int32)
         self.sorted_T = template_T[self.order_T]
         if len(template_T) == 0 or (self.sorted_T[1:] == self.sorted_T[:-1]).any():
             raise ValueError(f"{len(template_T)} template ids are empty or not unique; pool the templates first")
         self.table = None
-        if (
-            template_T.dtype.kind in "iu"
-            and self.sorted_T[0] >= 0
-            and self.sorted_T[-1] < 8 * len(template_T) + (1 << 22)
-        ):
-            self.table = np.full(int(self.sorted_T[-1]) + 2, -1, np.int32)
+        largest = self.sorted_T[-1]
+        if template_T.dtype.kind in "iu" and self.sorted_T[0] >= 0 and largest < 8 * len(template_T) + (1 << 22):
+            self.table = np.full(int(largest) + 2, -1, np.int32)
             self.table[template_T] = np.arange(len(template_T))
 
     def __call__(self, id_P: np.ndarray) -> np.ndarray:
+        """Rows of the ids, int32 [P]."""
+        row_P = np.empty(len(id_P), np.int32)
+
+        def look_up(start: int) -> None:
+            part = slice(start, start + _PAIRS_PER_CHUNK)
+            row_P[part] = self._rows(id_P[part], start)
+
+        _in_threads(look_up, range(0, len(id_P), _PAIRS_PER_CHUNK))
+        return row_P
+
+    def _rows(self, id_P: np.ndarray, first: int) -> np.ndarray:
+        asked_P = id_P
         if self.table is not None and id_P.dtype.kind in "iu":
-            inside = len(id_P) == 0 or (id_P.min() >= 0 and id_P.max() < len(self.table))
-            clipped_P = id_P if inside else np.where((id_P < 0) | (id_P >= len(self.table)), len(self.table) - 1, id_P)
-            row_P = self.table[clipped_P]
-            missing = row_P.min(initial=0) < 0
+            outside = len(self.table) - 1  # holds -1
+            if id_P.min() < 0 or id_P.max() > outside:
+                id_P = np.where((id_P < 0) | (id_P > outside), outside, id_P)
+            row_P = self.table.take(id_P)
         else:
             place_P = np.minimum(np.searchsorted(self.sorted_T, id_P), len(self.sorted_T) - 1)
-            row_P = np.where(self.sorted_T[place_P] == id_P, self.order_T[place_P], -1).astype(np.int32)
-            missing = row_P.min(initial=0) < 0
-        if missing:
+            row_P = np.where(self.sorted_T[place_P] == id_P, self.order_T[place_P], np.int32(-1))
+        if row_P.min() < 0:
             pair = int(np.flatnonzero(row_P < 0)[0])
-            raise ValueError(f"pair {pair} names template {id_P[pair]}, which has no image")
+            raise ValueError(f"pair {first + pair} names template {asked_P[pair]}, which has no image")
         return row_P
 
 
-def _compact(row_P: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows in use, ascending, and each pair's index into them (int32)."""
-    used = np.zeros(num_rows, bool)
-    used[row_P] = True
-    rows = np.flatnonzero(used)
-    index = np.zeros(num_rows, np.int32)
-    index[rows] = np.arange(len(rows))
-    return rows, index[row_P]
+def _used(row_P: np.ndarray, num_rows: int) -> np.ndarray:
+    """Which rows occur, bool [T]."""
+    used_T = np.zeros(num_rows, bool)
+    used_T[row_P] = True
+    return used_T
 
 
-def _score_gathered(feature_TD, left_rows, right_rows, left_P, right_P):
-    score_P = np.empty(len(left_P))
-    step = 4096
-    for start in range(0, len(left_P), step):
-        part = slice(start, start + step)
-        product = feature_TD[left_rows[left_P[part]]] * feature_TD[right_rows[right_P[part]]]
-        score_P[part] = product.sum(1)
+def _score_rectangle(feature_TD, left_T, right_T, left_P, right_P):
+    """Blocks of the wider side times all of the narrower; then each thread picks the pairs of its chunks.
+
+    ``left_P``, ``right_P`` are rows (they are used up), ``left_T``, ``right_T`` say which rows occur on a side.
+    """
+    if np.count_nonzero(left_T) > np.count_nonzero(right_T):
+        left_T, right_T, left_P, right_P = right_T, left_T, right_P, left_P
+    narrow_LD, wide_RD = feature_TD[left_T], feature_TD[right_T]
+    num_left, num_right = len(narrow_LD), len(wide_RD)
+    cell_P = _cells(left_T, right_T, left_P, right_P)
+    starts = range(0, len(cell_P), _PAIRS_PER_CHUNK)
+    score_P = np.empty(len(cell_P))
+    height = max(1, min(num_right, _SCORES_PER_BLOCK // num_left))
+    dense = np.empty((height, num_left))
+    unsigned = np.uint32 if cell_P.dtype == np.int32 else np.uint64
+    for first in range(0, num_right, height):
+        rows = wide_RD[first : first + height]
+        scores = np.matmul(rows, narrow_LD.T, out=dense[: len(rows)]).reshape(-1)
+
+        def pick(start: int, low: int = first * num_left, scores: np.ndarray = scores) -> None:
+            cell = cell_P[start : start + _PAIRS_PER_CHUNK] - cell_P.dtype.type(low)
+            inside = np.flatnonzero(cell.view(unsigned) < len(scores))  # a negative cell wraps to a large number
+            score_P[start + inside] = scores.take(cell.take(inside))
+
+        _in_threads(pick, starts)
     return score_P
 
 
-def _score_rectangle(left_LD, right_RD, left_P, right_P):
-    """Blocks of left rows times all right rows; the pairs of a block are brought together by one radix sort."""
-    num_left, num_right = len(left_LD), len(right_RD)
-    height = max(1, min(num_left, _SCORES_PER_BLOCK // num_right), -(-num_left // 65535))
-    block_P = (left_P // height).astype(np.uint16)
-    in_order = bool((block_P[1:] >= block_P[:-1]).all())
-    order_P = None if in_order else np.argsort(block_P, kind="stable")
-    stops = np.cumsum(np.bincount(block_P, minlength=-(-num_left // height)))
-    score_P = np.empty(len(left_P))
-    dense = np.empty((height, num_right))
-    start = 0
-    for block, stop in enumerate(stops):
-        first = block * height
-        rows = left_LD[first : first + height]
-        scores = np.matmul(rows, right_RD.T, out=dense[: len(rows)]).reshape(-1)
-        part = slice(start, stop) if in_order else order_P[start:stop]
-        place = (left_P[part] - first).astype(np.int64) * num_right + right_P[part]
-        score_P[part] = scores.take(place)
-        start = stop
-    return score_P
+def _cells(left_T, right_T, left_P, right_P):
+    """Number of each pair's cell in the right x left rectangle of the rows in use; written over ``left_P`` if it fits."""
+    num_left = int(np.count_nonzero(left_T))
+    kind = np.int32 if num_left * np.count_nonzero(right_T) < 2**31 else np.int64
+    left_cell_T, right_cell_T = np.cumsum(left_T, dtype=kind) - 1, (np.cumsum(right_T, dtype=kind) - 1) * kind(num_left)
+    cell_P = left_P if kind is np.int32 else np.empty(len(left_P), kind)
+
+    def place(start: int) -> None:
+        part = slice(start, start + _PAIRS_PER_CHUNK)
+        np.add(right_cell_T.take(right_P[part]), left_cell_T.take(left_P[part]), out=cell_P[part])
+
+    _in_threads(place, range(0, len(left_P), _PAIRS_PER_CHUNK))
+    return cell_P
+
+
+def _in_threads(work: Callable[[int], None], starts: range) -> None:
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        list(threads.map(work, starts))
