@@ -94,6 +94,8 @@ def score_pairs(template_T: np.ndarray, feature_TD: np.ndarray, left_P: np.ndarr
     if left_P.shape != right_P.shape or left_P.ndim != 1:
         raise ValueError(f"{left_P.shape} left and {right_P.shape} right template ids; each pair needs one of both")
     feature_TD = np.asarray(feature_TD, np.float64)
+    if feature_TD.ndim != 2 or len(feature_TD) != len(template_T):
+        raise ValueError(f"{len(template_T)} template ids for features of shape {feature_TD.shape}")
     find = _RowFinder(template_T)
     left_P, right_P = find(left_P), find(right_P)
     left_T, right_T = (_used(row_P, len(feature_TD)) for row_P in (left_P, right_P))
@@ -202,7 +204,7 @@ def _score_rectangle(feature_TD, left_T, right_T, left_P, right_P):
 
 
 def _cells(left_T, right_T, left_P, right_P):
-    """Number of each pair's cell in the right x left rectangle of the rows in use; written over ``left_P`` if it fits."""
+    """Each pair's cell in the right x left rectangle of the rows in use; written over ``left_P`` if it fits."""
     num_left = int(np.count_nonzero(left_T))
     kind = np.int32 if num_left * np.count_nonzero(right_T) < 2**31 else np.int64
     left_cell_T, right_cell_T = np.cumsum(left_T, dtype=kind) - 1, (np.cumsum(right_T, dtype=kind) - 1) * kind(num_left)

@@ -87,8 +87,12 @@ def verify(
     return results
 
 
-def load_sets(data_dir: Path, targets: list[str] | None = None, allow_missing: bool = False) -> dict[str, Pairs]:
-    """``<data_dir>/<name>.bin`` of each target; without targets, whichever of the known sets are there.
+def load_sets(
+    data_dir: Path, targets: list[str] | None = None, allow_missing: bool = False, size: int = 112
+) -> dict[str, Pairs]:
+    """``<data_dir>/<name>.bin`` of each target, images brought to ``size`` x ``size``.
+
+    Without targets, whichever of the known sets are there.
 
     Raises:
         UserError: sets that were asked for are missing (all are named), or there is none at all.
@@ -106,7 +110,7 @@ def load_sets(data_dir: Path, targets: list[str] | None = None, allow_missing: b
         raise UserError(
             f"{data_dir}: none of {', '.join(f'{n}.bin' for n in targets or KNOWN_SETS)} is there; use --target"
         )
-    return {name: load_bin(data_dir / f"{name}.bin") for name in names}
+    return {name: load_bin(data_dir / f"{name}.bin", (size, size)) for name in names}
 
 
 def _embed(embedder: Embedder, image_NHWC: np.ndarray, batch_size: int, name: str, show: bool) -> np.ndarray:
@@ -324,10 +328,10 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(args.device)
     sets, embedder, failure = {}, None, None
     try:
+        embedder = load_embedder(args.model, args.network, args.engine, args.batch_size)
         if args.data_dir is not None:
             targets = [name for name in args.target.split(",") if name] if args.target else None
-            sets |= load_sets(args.data_dir, targets, args.allow_missing)
-        embedder = load_embedder(args.model, args.network, args.engine, args.batch_size)
+            sets |= load_sets(args.data_dir, targets, args.allow_missing, embedder.input_size)
         if args.pairs is not None:
             sets[args.pairs.stem] = read_pair_list(args.pairs, args.image_dir, embedder.input_size)
     except Exception as error:
