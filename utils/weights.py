@@ -42,7 +42,7 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
 
         content = load_torch(path)
     elif suffix == ".safetensors":
-        content = _read_safetensors(path)
+        content = read_safetensors(path)
     else:
         raise UserError(f"{path}: suffix {suffix!r} is no weights file known here; use {', '.join(SUFFIXES)} or .onnx")
     return backbone_part(content, path)
@@ -145,7 +145,8 @@ def _linear_weights(layer) -> set[str]:
             for name, part in layer.named_sublayers(include_self=True) if isinstance(part, nn.Linear)}  # fmt: skip
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Every array of a safetensors file; a damaged one is a ``UserError``."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

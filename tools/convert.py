@@ -1,0 +1,269 @@
+"""Move weights between frameworks: checked by name and shape, and by the embeddings of a fixed batch.
+
+    python tools/convert.py backbone.pth backbone.pdparams                    # PyTorch -> Paddle
+    python tools/convert.py w600k_r50.onnx backbone.safetensors               # insightface ONNX, batch norms folded
+    python tools/convert.py run/checkpoint_gpu_0.pt work_dirs/converted/      # backbone, class centres of all ranks
+    python tools/convert.py emore_arcface/ work_dirs/converted/               # the Paddle ancestor's output folder
+    python tools/convert.py "run/rank:0_softmax_weight.pkl" head.safetensors  # class centres alone
+    python tools/convert.py work_dirs/run model.pt                            # ours -> what the PyTorch one loads
+
+Sources: .pt .pth (never executed), .pdparams, .safetensors, .onnx, a checkpoint's shard (the others are found beside
+it), a run directory. Outputs: .pdparams, .safetensors, .pt/.pth, or a folder, which becomes a run directory
+(config.yaml with the network, backbone.pdparams, head.safetensors, head_momentum.safetensors) that every tool takes
+as --model.
+
+The source is evaluated by itself (numpy in float64, or onnxruntime), the written file is read back, and the largest
+difference of their embeddings is printed; above the tolerance nothing is left behind.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import paddle
+import yaml
+
+from backbones import build_backbone, resolve_name
+from eval.embed import model_options
+from utils.errors import UserError, one_line_errors
+from utils.guess_network import guess_network
+from utils.head_weights import SHARDS, read_head
+from utils.numpy_forward import reference_embedding
+from utils.run_folder import save_pdparams, write_text
+from utils.torch_pickle import save_torch
+from utils.weights import TORCH, is_torch_spelling, load_state, read_state, torch_spelling
+
+BATCH, SEED = 2, 2021
+BACKBONE_OUTPUTS = (".pdparams", ".safetensors", ".pt", ".pth")
+HEAD_OUTPUTS = (".safetensors", ".npy", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source holds: a backbone's state (and how it is spelled), class centres, or both."""
+
+    path: Path
+    state: dict[str, np.ndarray] | None
+    from_torch: bool
+    options: dict | None  # network and options, where the source or its shapes tell
+    head: dict[str, np.ndarray] | None
+
+
+def open_source(path: Path) -> Source:
+    """Read a source of any kind.
+
+    Raises:
+        UserError: nothing usable there.
+    """
+    if path.is_dir():
+        backbone = path / "backbone.pdparams"
+        shards = sorted(p for p in path.iterdir() if any(pattern.search(p.name) for pattern in SHARDS))
+        head = read_head(path) if shards or (path / "head.safetensors").is_file() else None
+        if backbone.is_file():
+            state = read_state(backbone)
+            options = model_options(path) or guess_network(state, False)
+            return Source(backbone, state, is_torch_spelling(state), options, head)
+        if shards and shards[0].suffix == ".pt":
+            return open_source(shards[0])
+        if head is None:
+            raise UserError(f"{path}: no backbone.pdparams, checkpoint_gpu_0.pt or class centres in this folder")
+        return Source(path, None, False, None, head)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix.lower() == ".onnx":
+        from utils.onnx_weights import read_onnx
+
+        state = read_onnx(path)
+        return Source(path, state, True, guess_network(state, True), None)
+    if _is_head(path):
+        return Source(path, None, False, None, read_head(path))
+    state = read_state(path)
+    from_torch = is_torch_spelling(state) or path.suffix.lower() in TORCH
+    options = model_options(path.parent) or guess_network(state, from_torch)
+    head = read_head(path) if SHARDS[0].search(path.name) else None
+    return Source(path, state, from_torch, options, head)
+
+
+def _is_head(path: Path) -> bool:
+    """True for class centres on their own: told by the name, else by there being one matrix and nothing else."""
+    if any(pattern.search(path.name) for pattern in SHARDS[1:]) or path.suffix.lower() == ".npy":
+        return True
+    if path.suffix.lower() == ".safetensors":
+        from utils.weights import read_safetensors
+
+        return set(read_safetensors(path)) <= {"weight", "momentum"}
+    return False
+
+
+def chosen_options(source: Source, network: str | None) -> dict:
+    """Network and options to build: what the source tells, unless another network is named."""
+    if source.options is None and network is None:
+        raise UserError(f"{source.path}: its names and shapes tell no known network; name it: --network iresnet50")
+    if network is None:
+        return dict(source.options)
+    try:
+        name = resolve_name(network)
+    except ValueError as error:
+        raise UserError(f"--network: {error}") from None
+    if source.options is not None and resolve_name(source.options["network"]) == name:
+        return dict(source.options)
+    return {"network": name}
+
+
+def build(options: dict):
+    """A backbone in evaluation mode from ``network`` and options."""
+    options = dict(options)
+    layer = build_backbone(options.pop("network"), **options)
+    layer.eval()
+    return layer
+
+
+def fixed_batch(layer) -> np.ndarray:
+    """The images every conversion is checked on: [2, C, H, W] float32 in [-1, 1], the same each time."""
+    shape = (BATCH, getattr(layer, "in_channels", 3), layer.input_size, layer.input_size)
+    return np.random.default_rng(SEED).uniform(-1, 1, shape).astype(np.float32)
+
+
+def run_layer(layer, image_BCHW: np.ndarray) -> np.ndarray:
+    """Embeddings by the dynamic graph."""
+    with paddle.no_grad():
+        return layer(paddle.to_tensor(image_BCHW)).numpy()
+
+
+def source_embedding(source: Source, image_BCHW: np.ndarray) -> tuple[np.ndarray | None, str]:
+    """(embedding of the source evaluated by itself, by what), or (None, ...) where nothing can."""
+    if source.path.suffix.lower() == ".onnx":
+        from eval.engines import OnnxEngine
+
+        try:
+            return OnnxEngine(source.path).run(image_BCHW), "onnxruntime"
+        except ImportError:
+            raise UserError(f"{source.path}: checking it needs onnxruntime: pip install onnxruntime") from None
+    return reference_embedding(source.state, source.from_torch, image_BCHW), "numpy in float64"
+
+
+def written_embedding(path: Path, options: dict, image_BCHW: np.ndarray) -> np.ndarray:
+    """Embedding of a written file, read back."""
+    state = read_state(path)
+    if path.suffix in TORCH:
+        result = reference_embedding(state, True, image_BCHW)
+        if result is not None:
+            return result
+    layer = build(options)
+    load_state(layer, state, path, path.suffix in TORCH)
+    return run_layer(layer, image_BCHW)
+
+
+def write_backbone(path: Path, layer) -> None:
+    """Write a backbone in the format its suffix names."""
+    if path.suffix in TORCH:
+        save_torch(path, torch_spelling(layer))
+        return
+    state = {name: tensor.numpy() for name, tensor in layer.state_dict().items()}
+    if path.suffix == ".pdparams":
+        save_pdparams(path, state)
+        return
+    from safetensors.numpy import save_file
+
+    save_file(state, str(path), metadata={"spelling": "paddle"})
+
+
+def write_head(path: Path, head: dict[str, np.ndarray]) -> None:
+    """Write class centres [C, D] in the format the suffix names; momentum into a file of its own beside it."""
+    _write_array(path, head["weight"])
+    if "momentum" in head:
+        _write_array(path.with_name(f"{path.stem}_momentum{path.suffix}"), head["momentum"])
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    if path.suffix == ".npy":
+        np.save(path, array)
+    elif path.suffix in TORCH:
+        save_torch(path, {"weight": array})
+    else:
+        from safetensors.numpy import save_file
+
+        save_file({"weight": array}, str(path))
+
+
+def convert(source: Source, output: Path, network: str | None, tolerance: float) -> None:
+    """Write ``source`` to ``output`` and print what was written and the difference found.
+
+    Raises:
+        UserError: names or shapes that do not fit, an output that cannot hold the source, a difference too large.
+    """
+    as_folder = output.suffix == "" or output.is_dir()
+    if as_folder and (output / "checkpoints").exists():
+        raise UserError(f"{output}: holds a training run; name another folder")
+    allowed = HEAD_OUTPUTS if source.state is None else BACKBONE_OUTPUTS
+    if not as_folder and output.suffix not in allowed:
+        hint = "; python tools/export.py writes it" if output.suffix == ".onnx" else ""
+        raise UserError(f"{output}: cannot write {output.suffix}; use {', '.join(allowed)} or a folder{hint}")
+    if output.exists() and not as_folder and output.resolve() == source.path.resolve():
+        raise UserError(f"{output}: is the source itself; name another output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".converting_", dir=output.parent))
+    try:
+        if source.state is not None:
+            name = "backbone.pdparams" if as_folder else output.name
+            _convert_backbone(source, aside / name, chosen_options(source, network), tolerance, as_folder)
+        if source.head is not None and (as_folder or source.state is None):
+            write_head(aside / ("head.safetensors" if as_folder else output.name), source.head)
+            print("class centres " + ", ".join(f"{key} {list(value.shape)}" for key, value in source.head.items()))
+        elif source.head is not None:
+            print(f"class centres {list(source.head['weight'].shape)} stay behind: a folder as output takes them along")
+        target = output if as_folder else output.parent
+        target.mkdir(exist_ok=True)
+        for file in sorted(aside.iterdir()):
+            file.replace(target / file.name)
+            print(f"wrote {target / file.name}")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _convert_backbone(source: Source, path: Path, options: dict, tolerance: float, with_config: bool) -> None:
+    layer = build(options)
+    load_state(layer, source.state, source.path, source.from_torch)
+    num_values = sum(value.size for value in source.state.values())
+    print(f"{source.path}: {options['network']}, {len(source.state)} tensors, {num_values:,} values, all matched")
+    if source.path.suffix.lower() == ".onnx":
+        print("folded batch norms have no statistics: the weights are for inference; fine-tuning must warm up anew")
+    write_backbone(path, layer)
+    image = fixed_batch(layer)
+    expected, how = source_embedding(source, image)
+    if expected is None:
+        expected, how = run_layer(layer, image), "the dynamic graph (no independent forward for this network)"
+    written = written_embedding(path, options, image)
+    scale = float(np.abs(expected).max())
+    difference = float(np.abs(written - expected).max())
+    print(f"checked on {BATCH} fixed images against {how}: largest difference {difference:.2e} of values up to "
+          f"{scale:.3g} (tolerance {tolerance:g} of max(1, that))")  # fmt: skip
+    if not difference <= tolerance * max(1.0, scale):
+        raise UserError(f"{source.path}: the converted weights differ by {difference:.3g} in embeddings up to "
+                        f"{scale:.3g}; nothing was written")  # fmt: skip
+    if with_config:
+        section = {**options, "embedding_size": layer.embedding_size, "input_size": layer.input_size}
+        write_text(path.with_name("config.yaml"), yaml.safe_dump({"model": section}, sort_keys=False))
+
+
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="weights file, checkpoint shard or run directory")
+    parser.add_argument("output", type=Path, help="file to write (.pdparams .safetensors .pt .pth .npy) or folder")
+    parser.add_argument("--network", help="backbone name; default: told by the source's names and shapes")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of embeddings allowed")
+    args = parser.parse_args(argv)
+    convert(open_source(args.source), args.output, args.network, args.tolerance)
+
+
+if __name__ == "__main__":
+    main()
