@@ -142,9 +142,11 @@ class RecordFile:
             if len(block) >= 8:
                 magic, word = PART_HEADER.unpack_from(block)
                 stop = 8 + word
-                if magic == MAGIC and word <= MAX_LENGTH and stop <= len(block):  # whole (cflag 0) and here
+                if magic == MAGIC and word <= MAX_LENGTH and stop + 3 & ~3 <= len(block):  # whole (cflag 0) and here
                     end = offset + (stop + 3 & ~3)
                     payload = block[8:stop]
+                    if stop & 3 and any(block[stop : end - offset]):
+                        self._raise_padding(word, offset, key)
                     if end != limit and not trust_end:
                         self._check_end(payload, offset, end, key, limit)
                     return payload, end
@@ -172,14 +174,23 @@ class RecordFile:
                 raise RecordError(self.path, reason, offset, key)
             if position + 8 + length > self.size:
                 self._raise_short(position + 8 + length, offset, key)
-            piece = self._read_at(length, position + 8)
-            if len(piece) < length:
+            padded = self.read_bytes(length + 3 & ~3, position + 8)
+            if len(padded) < length:
                 self._raise_short(position + 8 + length, offset, key)
-            pieces.append(piece)
+            if any(padded[length:]):
+                self._raise_padding(length, offset, key)
+            pieces.append(padded[:length])
             position += 8 + (length + 3 & ~3)
+            if cflag != WHOLE and find_aligned_magic(pieces[-1]):
+                reason = f"a part of {length} bytes reaches into the next one: a damaged length"
+                raise RecordError(self.path, reason, offset, key)
             if cflag in (WHOLE, LAST):
                 return (MAGIC_BYTES.join(pieces) if len(pieces) > 1 else pieces[0]), position
             expected = (MIDDLE, LAST)
+
+    def _raise_padding(self, length: int, offset: int, key: object) -> None:
+        reason = f"the padding behind {length} bytes is not zero: a damaged length"
+        raise RecordError(self.path, reason, offset, key)
 
     def _raise_short(self, needed: int, offset: int, key: object) -> None:
         size_before = self.size
@@ -199,8 +210,13 @@ class RecordFile:
         if swallowed:
             reason = f"the length ({len(payload)} bytes) reaches into the next record: a damaged length"
             raise RecordError(self.path, reason, offset, key)
-        if end < self.size and self.read_bytes(4, end) != MAGIC_BYTES and self.judge_gap(end) == "lost":
-            reason = f"no record starts at byte {end}, where this one ends: a damaged length ({len(payload)} bytes)"
+        follows = self.read_bytes(8, end)
+        if follows[:4] != MAGIC_BYTES:
+            continued = end < self.size and self.judge_gap(end) == "lost"
+        else:  # where the index has its next record further on, this could be the rest of ours
+            continued = limit is not None and len(follows) == 8 and follows[7] >> 5 not in (WHOLE, FIRST)
+        if continued:
+            reason = f"no record starts at byte {end}, where this one ends: a damaged header ({len(payload)} bytes)"
             raise RecordError(self.path, reason, offset, key)
 
     def _swallows_magic(self, offset: int, end: int) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mxnet_reader.errors import RecordError
 from mxnet_reader.file import RecordFile
-from mxnet_reader.format import IMAGE_HEADER
+from mxnet_reader.format import IMAGE_HEADER, MAGIC_BYTES
 from mxnet_reader.index import RecordIndex, read_index, write_index
 
 NUM_PROBES = 64  # places at which an index that stops early is tested for being a prefix, not a subset
@@ -107,27 +107,25 @@ def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
         index, whole = RecordIndex(keys_N, offsets_N, index.path), False
         if len(keys_N) == 0:
             return rebuild_index(file, path=index.path)
-    last = int(np.argmax(offsets_N))
+    last = len(offsets_N) - 1 if index.offsets_ascend else int(np.argmax(offsets_N))
     try:
         end = file.read_record(int(offsets_N[last]), int(keys_N[last]), trust_end=True)[1]
     except RecordError:
         return index  # reading that record will say what is wrong
-    if end >= file.size or file.read_bytes(4, end) != b"\x0a\x23\xd7\xce" or not _is_prefix(file, offsets_N):
+    if end >= file.size or file.read_bytes(4, end) != MAGIC_BYTES or not _is_prefix(file, offsets_N):
         return index
-    warnings.warn(
-        f"{index.path} stops at byte {end} of {file.size} of {file.path}: the records behind it are added by a scan",
-        stacklevel=4,
+    message = (
+        f"{index.path} stops at byte {end} of {file.size} of {file.path}: the records behind it are added by a scan"
     )
-    by_id = any(_is_header(file, offset) for offset in _zero_key_offsets(keys_N, offsets_N))
-    rest = rebuild_index(file, start=end, path=index.path, first_ordinal=len(keys_N), by_id=by_id or None)
-    if not by_id and len(rest) and _has_header(file, rest):
-        by_id = True
+    warnings.warn(message, stacklevel=4)
+    by_id = any(_is_header(file, offset) for offset in offsets_N[keys_N == 0].tolist())
+    try:
+        rest = rebuild_index(file, end, index.path, first_ordinal=len(keys_N), by_id=by_id or None)
+    except RecordError as error:
+        warnings.warn(f"{error}: the index stays as it is", stacklevel=4)
+        return index
     keys = np.concatenate([keys_N, rest.keys_N])
     return RecordIndex(keys, np.concatenate([offsets_N, rest.offsets_N]), index.path)
-
-
-def _zero_key_offsets(keys_N: np.ndarray, offsets_N: np.ndarray) -> list[int]:
-    return offsets_N[keys_N == 0].tolist()
 
 
 def _is_header(file: RecordFile, offset: int) -> bool:
@@ -136,10 +134,6 @@ def _is_header(file: RecordFile, offset: int) -> bool:
     except RecordError:
         return False
     return len(payload) == IMAGE_HEADER.size + 8 and IMAGE_HEADER.unpack_from(payload)[0] == 2
-
-
-def _has_header(file: RecordFile, index: RecordIndex) -> bool:
-    return 0 in index and _is_header(file, index.place(index.row(0))[0])
 
 
 def _reads(file: RecordFile, offset: int) -> bool:

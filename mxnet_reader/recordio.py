@@ -5,13 +5,12 @@ Reading is positional, so one reader serves several threads through ``read_idx``
 """
 
 import os
-import threading
 
 import numpy as np
 
 from mxnet_reader.errors import MissingKeyError, RecordError
 from mxnet_reader.file import RecordFile
-from mxnet_reader.format import IRHeader, encode_record, pack, pack_img, unpack, unpack_img
+from mxnet_reader.format import MAGIC_BYTES, IRHeader, encode_record, pack, pack_img, unpack, unpack_img
 from mxnet_reader.index import Keys, Offsets, RecordIndex
 from mxnet_reader.rebuild import open_index
 
@@ -51,7 +50,7 @@ class MXRecordIO:
         self.writable = self.flag == "w"
         self.handle = open(self.uri, "wb") if self.writable else RecordFile(self.uri)  # noqa: SIM115
         self.pid = os.getpid()
-        self._position = 0
+        self._position, self._sought_key = 0, None
         self.is_open = True
 
     def close(self) -> None:
@@ -117,28 +116,34 @@ class MXRecordIO:
             RecordError: a damaged record, naming its offset.
         """
         self._require("read", False)
-        file, position = self.handle, self._position
-        if position >= file.size and position >= file.refresh_size():
-            return None
-        head = file.read_bytes(4, position)
-        if head != b"\x0a\x23\xd7\xce" and file.judge_gap(position) == "garbage":
-            return None
+        file, position, key = self.handle, self._position, self._sought_key
+        self._sought_key = None
+        if key is None:
+            if position >= file.size and position >= file.refresh_size():
+                return None
+            if file.read_bytes(4, position) != MAGIC_BYTES and file.judge_gap(position) == "garbage":
+                return None
         try:
-            payload, self._position = file.read_record(position, self._key_at(position))
+            payload, self._position = file.read_record(position, key, self._next_offset(position))
         except RecordError:
-            found = file.find_record(position)
+            found = self._following(position)
             self._position = file.size if found is None else found
             raise
         return payload
+
+    def _next_offset(self, position: int) -> int | None:
+        """Where the index has the record behind the one at ``position``; unknown without an index."""
+        return None
+
+    def _following(self, position: int) -> int | None:
+        """Where to go on behind a damaged record."""
+        return self.handle.find_record(position) if 0 <= position < self.handle.size else None
 
     def tell(self) -> int:
         """Byte offset of the next record to be written (or read)."""
         if not self.is_open:
             raise ValueError(f"{self.uri}: tell on a closed file")
         return self._position
-
-    def _key_at(self, position: int) -> object:
-        return None
 
     def _require(self, operation: str, writable: bool) -> None:
         if not self.is_open:
@@ -165,7 +170,6 @@ class MXIndexedRecordIO(MXRecordIO):
     def __init__(self, idx_path: str | os.PathLike, uri: str | os.PathLike, flag: str, key_type: type = int) -> None:
         self.idx_path, self.key_type = os.fspath(idx_path), key_type
         self.idx, self.keys, self.fidx, self.index = {}, [], None, None
-        self._local = threading.local()
         super().__init__(uri, flag)
 
     def open(self) -> None:
@@ -206,8 +210,7 @@ class MXIndexedRecordIO(MXRecordIO):
 
     def __getstate__(self) -> dict:
         state = super().__getstate__()
-        for name in ("_local", "fidx"):
-            state.pop(name, None)
+        state.pop("fidx", None)
         if self.index is not None:
             del state["idx"]
             state["keys"] = None
@@ -215,7 +218,7 @@ class MXIndexedRecordIO(MXRecordIO):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._local, self.fidx = threading.local(), None
+        self.fidx = None
         if self.index is not None:
             self._use(self.index)
 
@@ -226,7 +229,14 @@ class MXIndexedRecordIO(MXRecordIO):
             MissingKeyError: a ``KeyError`` (and ``RecordError``): no such key.
         """
         self._require("seek", False)
-        self._position = self._place(idx)[0]
+        self._position, self._sought_key = self._place(idx)[0], idx
+
+    def _following(self, position: int) -> int | None:
+        """The index knows better than a search, which can take the rest of a spoiled split record for a whole one."""
+        return super()._following(position) if self.index is None else self.index.next_offset(position)
+
+    def _next_offset(self, position: int) -> int | None:
+        return None if self.index is None else self.index.next_offset(position)
 
     def _place(self, key: object) -> tuple[int, int | None]:
         if self.index is not None and isinstance(key, (int, np.integer)):
@@ -245,6 +255,7 @@ class MXIndexedRecordIO(MXRecordIO):
         self._require("read_idx", False)
         offset, limit = self._place(idx)
         payload, self._position = self.handle.read_record(offset, idx, limit)
+        self._sought_key = None
         return payload
 
     def read_batch(self, keys: object) -> list[bytes]:

@@ -373,3 +373,26 @@ def test_bad_index_lines_are_named(tmp_path, text):
     (tmp_path / "a.idx").write_text(text)
     with pytest.raises(RecordError, match=r"a\.idx: line 1"):
         read_index(tmp_path / "a.idx")
+
+
+def test_plain_index_parser_against_int():
+    """Every width of number, across block borders; anything unusual is left to the careful parser."""
+    from mxnet_reader.index import _parse_plain
+
+    rng = np.random.default_rng(0)
+    rows = [
+        (int(rng.integers(0, 10**digits)), int(rng.integers(0, 10 ** (17 - digits)))) for digits in range(1, 17)
+    ] * 9
+    text = "".join(f"{key}\t{offset}\n" for key, offset in rows).encode()
+    assert _parse_plain(b"0" * 16 + text).reshape(-1, 2).tolist() == [list(row) for row in rows]
+    for bad in (b"1 2\n", b"1\t2\r\n", b"-1\t2\n", b"1\t2\t3\n", b"\n1\t2\n", b"1\t\n", b"1\t12345678901234567\n"):
+        assert _parse_plain(b"0" * 16 + bad) is None
+
+
+def test_index_larger_than_a_block(tmp_path):
+    offsets = np.cumsum(np.random.default_rng(0).integers(1, 10**6, 40_000))
+    (tmp_path / "a.idx").write_text(
+        "".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets.tolist(), 99_990))
+    )
+    index, whole = read_index(tmp_path / "a.idx")
+    assert whole and (index.offsets_N == offsets).all() and (index.keys_N == np.arange(40_000) + 99_990).all()

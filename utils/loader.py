@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from utils.augment import build_augment, flips, sample_rng
-from utils.compat import share_numpy
 from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
 
@@ -184,6 +183,8 @@ class TrainLoader:
     def _hand_over(self, images: np.ndarray, labels: np.ndarray, mirror: np.ndarray) -> tuple:
         """uint8 NHWC in host memory -> tensors on the device; flip and normalisation happen there."""
         import paddle
+
+        from utils.compat import share_numpy  # not at the top: worker processes do without paddle
 
         image = share_numpy(images)
         if not self._options["flip_on_host"]:
