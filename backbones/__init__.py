@@ -8,13 +8,15 @@ from collections.abc import Callable
 
 from paddle import nn
 
-from backbones.iresnet import DEPTHS, IResNet
-from backbones.mobilefacenet import SETTINGS as MOBILE_SETTINGS
-from backbones.mobilefacenet import MobileFaceNet
+from backbones import iresnet, mnist, mobilefacenet, resnet, vit
 
 BACKBONES: dict[str, Callable[..., nn.Layer]] = {
-    **{name: functools.partial(IResNet, depths=depths) for name, depths in DEPTHS.items()},
-    **{name: functools.partial(MobileFaceNet, **settings) for name, settings in MOBILE_SETTINGS.items()},
+    **{name: functools.partial(iresnet.IResNet, depths=depths) for name, depths in iresnet.DEPTHS.items()},
+    **{name: functools.partial(mobilefacenet.MobileFaceNet, **kw) for name, kw in mobilefacenet.SETTINGS.items()},
+    **{name: functools.partial(vit.VisionTransformer, **kw) for name, kw in vit.SETTINGS.items()},
+    **{name: functools.partial(resnet.ResNet, **kw) for name, kw in resnet.SETTINGS.items()},
+    "resnet_face18": resnet.ResNetFace,
+    "mnist_2d": mnist.MnistNet,
 }
 ALIASES = {
     "r18": "iresnet18",
@@ -26,7 +28,7 @@ ALIASES = {
     "mbf_large": "mobilefacenet_large",
 }
 # What makes a name of the registry that name; everything else in a class's signature is the user's to choose.
-_FIXED = ("depths", "hidden_ratio")
+_FIXED = ("block", "depth", "depths", "hidden_ratio")
 
 
 def build_backbone(name: str, **options) -> nn.Layer:

@@ -7,7 +7,6 @@ checkpoints (``layer1.0.bn1`` ...), so weights are mapped by name.
 Shapes: B batch, H = W input size in pixels, D embedding size; stage s has ``width * 2**s`` channels (64 ... 512).
 """
 
-import paddle
 from paddle import nn
 
 from backbones.layers import (
@@ -19,7 +18,7 @@ from backbones.layers import (
     flatten_chw,
     full_precision,
     linear,
-    recompute,
+    run_block,
 )
 
 DEPTHS = {
@@ -96,14 +95,9 @@ class IResNet(nn.Layer):
         x = self.prelu(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                x = self._run(block, x)
+                x = run_block(block, x, self.recompute)
         x = self.dropout(flatten_chw(self.bn2(x), self.data_format))
         return full_precision(self._embed, x, self.fc.weight.dtype)
 
     def _embed(self, x):
         return self.features(self.fc(x))
-
-    def _run(self, block, x):
-        if self.recompute and self.training and paddle.is_grad_enabled():
-            return recompute(block, x)
-        return block(x)

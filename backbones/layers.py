@@ -97,25 +97,38 @@ def full_precision(function: Callable, x: paddle.Tensor, dtype: paddle.dtype) ->
         return function(x.astype(dtype) if x.dtype != dtype else x)
 
 
-def recompute(layer: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
-    """``layer(x)`` whose activations are thrown away and computed again in the backward pass.
+def to_channels(image: paddle.Tensor, num_channels: int) -> paddle.Tensor:
+    """[B, 3, H, W] RGB -> [B, 1, H, W] luma (ITU-R BT.601) where the network is grey; unchanged otherwise.
+
+    The weights sum to 1, so an image normalised to [-1, 1] stays normalised.
+    """
+    if num_channels == 1 and image.shape[1] == 3:
+        red, green, blue = image.split(3, axis=1)
+        return red * 0.299 + green * 0.587 + blue * 0.114
+    return image
+
+
+def run_block(block: nn.Layer, x: paddle.Tensor, recompute: bool) -> paddle.Tensor:
+    """``block(x)``; with ``recompute`` in training its activations are thrown away and computed again in backward.
 
     Batch norms must see each batch once: the first pass updates the running statistics, the second does not
-    (momentum 1 keeps the old value), so that a step with recompute equals a step without.
+    (momentum 1 keeps the old value), so that a step with recompute equals a step without. Random numbers are
+    the same in both passes.
     """
-    norms = [part for part in layer.sublayers(include_self=True) if isinstance(part, nn.layer.norm._BatchNormBase)]
+    if not (recompute and block.training and paddle.is_grad_enabled()) or x.stop_gradient:
+        return block(x)
+    norms = [part for part in block.sublayers(include_self=True) if isinstance(part, nn.BatchNorm2D)]
     passes = 0
 
     def forward(value):
         nonlocal passes
         passes += 1
-        if passes == 1:
-            return layer(value)
         momenta = [norm._momentum for norm in norms]
-        for norm in norms:
-            norm._momentum = 1.0
         try:
-            return layer(value)
+            if passes > 1:
+                for norm in norms:
+                    norm._momentum = 1.0
+            return block(value)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm._momentum = momentum

@@ -19,7 +19,7 @@ from backbones.layers import (
     conv,
     flatten_chw,
     full_precision,
-    recompute,
+    run_block,
 )
 
 
@@ -146,16 +146,11 @@ class MobileFaceNet(nn.Layer):
     def forward(self, image):
         x = image if self.data_format == "NCHW" else image.transpose([0, 2, 3, 1])
         for stage in self.layers:
-            x = self._run(stage, x)
+            x = run_block(stage, x, self.recompute)
         return full_precision(self._embed, x, self.features.layers[2].weight.dtype)
 
     def _embed(self, x):
         return self.features(self.dropout(self.conv_sep(x)))
-
-    def _run(self, stage, x):
-        if self.recompute and self.training and paddle.is_grad_enabled():
-            return recompute(stage, x)
-        return stage(x)
 
 
 SETTINGS = {
