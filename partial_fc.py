@@ -17,13 +17,11 @@ import numpy as np
 import paddle
 
 from utils import distributed
-from utils.head_numpy import NumpyKernel, view
+from utils.head_numpy import NumpyKernel
 from utils.head_paddle import PaddleKernel, inverse_norm
-from utils.head_rows import Record, RowBank
+from utils.head_rows import Record, RowBank, dtype_name
 from utils.row_optim import RowAdamW, RowSGD
 from utils.sampling import sample_classes
-
-INIT_BLOCK = 4096  # classes initialised from one random stream, so that a shard's rows do not depend on W
 
 
 class ClassShard:
@@ -63,8 +61,8 @@ class PartialFC:
         rank, world_size: this process's global rank (not its local one, trap 24) and W.
         seed: of initial weights and draws.
         optimizer: ``"sgd"`` or ``"adamw"``.
-        update: ``"dense"`` (what a dense optimiser would do to every row, computed lazily) or ``"sampled"`` (rows out of
-            the draw stay as they are). AdamW is ``"sampled"``: its rows know nothing else.
+        update: ``"dense"`` (what a dense optimiser would do to every row, computed lazily) or ``"sampled"`` (rows out
+            of the draw stay as they are). AdamW is ``"sampled"``: its rows know nothing else.
         momentum, weight_decay, betas, epsilon: of the optimiser; ``weight_decay=None`` is 5e-4 for SGD, 0.1 for AdamW.
         dtype: of the stored rows, ``"float32"`` or ``"float64"``; math is float64 if either side is.
         backend: ``"paddle"``, ``"numpy"`` (CPU only, threaded) or ``"auto"``: numpy on CPU.
@@ -109,9 +107,10 @@ class PartialFC:
         self._optimizer_name = optimizer
         self._optimizer = _build_optimizer(optimizer, update, momentum, weight_decay, betas, epsilon)
         self._kernel = _build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size)
-        self._bank = self._new_bank(dtype)
+        self._bank = RowBank(self.shard.start, self.shard.num_local, embedding_size, self._optimizer, seed, dtype)
         self._anchor = paddle.zeros([1], dtype)  # makes the loss differentiable even if the embedding is not
         self._anchor.stop_gradient = False
+        self._spent: list[Record] = []
         self.num_updates = 0  # steps and skipped steps so far: what draws are seeded by
         self.clear_grad()
 
@@ -173,19 +172,7 @@ class PartialFC:
             raise ValueError("step: no gradient; call backward on the head's loss first, or skip_step()")
         project = self.margin.normalize_weight
         self._kernel.apply(self._bank, self._ids_S, self._records, self._dense, float(lr), float(grad_scale), project)
-        optimizer, stamp_N = self._optimizer, self._bank.stamp_N
-        optimizer.advance(float(lr))
-        if not optimizer.lazy:
-            stamp_N[self._rows] += 1
-        elif self.sample_rate == 1 and self._ids_S is None:
-            optimizer.restart()
-            stamp_N[:] = 0
-        else:  # also where a draw happens to hold all local rows: the table stays the same on all ranks
-            stamp_N[self._rows] = optimizer.now
-            if optimizer.full:
-                self._catch_up_all()
-                optimizer.restart()
-                stamp_N[:] = 0
+        self._bank.stepped(self._ids_S, float(lr))
         self.skip_step()
 
     def skip_step(self) -> None:
@@ -195,6 +182,9 @@ class PartialFC:
 
     def clear_grad(self) -> None:
         """Forget gradients and draw; the next draw repeats this one unless ``step`` or ``skip_step`` follow."""
+        for record in self._spent:
+            record.exp = None  # a loss that the caller still holds must not keep it
+        self._spent: list[Record] = []
         self._records: list[Record] = []
         self._dense = None
         self._bounds = []
@@ -205,10 +195,6 @@ class PartialFC:
     @property
     def _has_gradient(self) -> bool:
         return bool(self._records) or self._dense is not None
-
-    @property
-    def _rows(self):
-        return slice(None) if self._ids_S is None else self._ids_S
 
     @property
     def sampled(self) -> np.ndarray:
@@ -243,10 +229,10 @@ class PartialFC:
         """Loss and what ``_backward`` needs."""
         margin, shard = self.margin, self.shard
         dtype = paddle.float64 if self._bank.weight.dtype == paddle.float64 else x_BD.dtype
-        x_GD = distributed.all_gather_rows(x_BD).astype(dtype)
+        x_GD = distributed.all_gather_rows(x_BD.contiguous()).astype(dtype)
         inv_G1 = inverse_norm(x_GD)
         norm_G = paddle.sqrt((x_GD * x_GD).sum(-1))
-        u_GD = x_GD * inv_G1 if margin.normalize_embedding else x_GD
+        u_GD = x_GD * inv_G1 if margin.normalize_embedding else x_GD.clone()
         if keep:
             margin.observe(norm_G)
 
@@ -292,6 +278,7 @@ class PartialFC:
                 "all micro-batches of an update, and backward before step()"
             )
         upstream = upstream.astype(pull_GD1.dtype)
+        self._spent.append(record)
         scaled = {"coef_G": record.coef_G * upstream, "target_G": record.target_G * upstream}
         self._add_record(dataclasses.replace(record, **scaled))
         pull_BD1 = distributed.reduce_scatter_rows(pull_GD1 * upstream)
@@ -320,40 +307,30 @@ class PartialFC:
         With lazy rows this catches all of them up (the same algorithm, rounded once more); ``export_weight`` does not
         touch them.
         """
-        self._catch_up_all()
+        self._bank.catch_up()
         return self._bank.weight
 
     def export_weight(self) -> np.ndarray:
-        """A copy of the local rows [N, D] as they would be under a dense optimiser now; nothing changes."""
-        output_ND = np.empty(self._bank.weight.shape, str(self._bank.weight.dtype).split(".")[-1])
-        for start, stop in self._ranges():
-            output_ND[start:stop] = self._kernel.caught_up(self._bank, start, stop)[0]
+        """A copy of the local rows [N, D] as a dense optimiser would have them now; nothing changes."""
+        output_ND = np.empty(self._bank.weight.shape, dtype_name(self._bank.weight.dtype))
+        for start, w_RD, *_ in self._bank.caught_up():
+            output_ND[start : start + len(w_RD)] = w_RD
         return output_ND
-
-    def rows(self, ids_R) -> np.ndarray:
-        """A copy of the local rows with these local ids [R, D], as ``export_weight`` gives them; nothing changes."""
-        bank, ids_R = self._bank, np.asarray(ids_R, np.int64)
-        missed = bank.missed(ids_R)
-        tensors = [bank.weight] if missed is None else [bank.weight, *bank.slots]
-        w_RD, *slots = [paddle.gather(tensor, paddle.to_tensor(ids_R)).numpy() for tensor in tensors]
-        return w_RD if missed is None else self._optimizer.catch_up(w_RD, *slots, missed.astype(w_RD.dtype))[0]
 
     def row_state(self) -> dict[str, np.ndarray]:
         """What belongs to single rows, as stored: first axis N, so that shards can be joined and cut anew.
 
         Lazy rows are not caught up: together with ``table_state`` they continue bit for bit.
         """
-        bank = self._bank
-        tensors = {"weight": bank.weight, **dict(zip(self._optimizer.slots, bank.slots, strict=True))}
-        return {**{name: tensor.numpy() for name, tensor in tensors.items()}, "stamp": bank.stamp_N.copy()}
+        return self._bank.state()
 
     def table_state(self) -> dict[str, np.ndarray]:
         """Arrays equal on all ranks: the transition table of lazy rows."""
-        return {"transition": self._optimizer.product_A22.copy()} if self._optimizer.lazy else {}
+        return self._optimizer.table()
 
     def meta_state(self) -> dict:
         """JSON-able facts equal on all ranks."""
-        return {**self._identity(), "num_updates": self.num_updates, "margin": self.margin.state()}
+        return {**self._identity(), "seed": self.seed, "num_updates": self.num_updates, "margin": self.margin.state()}
 
     def load_state(self, rows: dict, table: dict, meta: dict) -> None:
         """Continue from ``row_state`` (cut to this rank's rows), ``table_state`` and ``meta_state``.
@@ -364,55 +341,14 @@ class PartialFC:
         for key, value in self._identity().items():
             if meta.get(key) != value:
                 raise ValueError(f"head state: {key} is {meta.get(key)!r}, this head has {value!r}")
-        bank = self._bank
-        targets = dict(zip(("weight", *self._optimizer.slots), (bank.weight, *bank.slots), strict=True))
-        shapes = {**dict.fromkeys(targets, tuple(bank.weight.shape)), "stamp": bank.stamp_N.shape}
-        for name, shape in shapes.items():
-            found = tuple(np.shape(rows[name])) if name in rows else "missing"
-            if found != shape:
-                raise ValueError(f"head state: {name} is {found}, this rank needs {shape}")
-        stamp_N = np.asarray(rows["stamp"], np.int32)
-        if self._optimizer.lazy:
-            self._optimizer.load(table["transition"])
-            if stamp_N.size and not (stamp_N.min() >= 0 and stamp_N.max() <= self._optimizer.now):
-                raise ValueError(f"head state: stamps beyond the transition table's {self._optimizer.now} steps")
-        for name, tensor in targets.items():
-            tensor.set_value(np.ascontiguousarray(rows[name], _name(tensor)))
-        bank.stamp_N[:] = stamp_N
-        self.num_updates = int(meta["num_updates"])
+        self._bank.load(rows, table)
+        self.seed, self.num_updates = int(meta["seed"]), int(meta["num_updates"])
         self.margin.load_state(meta["margin"])
         self.clear_grad()
 
     def _identity(self) -> dict:
         names = {"num_classes": self.shard.num_classes, "embedding_size": self.embedding_size}
         return {**names, "optimizer": self._optimizer_name, "lazy": self._optimizer.lazy}
-
-    def _catch_up_all(self) -> None:
-        bank = self._bank
-        if not self._optimizer.lazy or (bank.stamp_N == self._optimizer.now).all():
-            return
-        for start, stop in self._ranges():
-            for tensor, rows in zip([bank.weight, *bank.slots], self._kernel.caught_up(bank, start, stop), strict=True):
-                _write_rows(tensor, start, rows)
-        bank.stamp_N[:] = self._optimizer.now
-
-    def _ranges(self) -> list[tuple[int, int]]:
-        starts = range(0, self.shard.num_local, INIT_BLOCK)
-        return [(start, min(start + INIT_BLOCK, self.shard.num_local)) for start in starts]
-
-    def _new_bank(self, dtype: str) -> RowBank:
-        """Rows drawn from N(0, 0.01^2), every class from its own place in the random streams; zero slots."""
-        shard = self.shard
-        shape = [shard.num_local, self.embedding_size]
-        weight = paddle.empty(shape, dtype)
-        for block in range(shard.start // INIT_BLOCK, (shard.stop - 1) // INIT_BLOCK + 1):
-            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, block])))
-            rows = rng.standard_normal([INIT_BLOCK, self.embedding_size], dtype=np.float32) * np.float32(0.01)
-            first = block * INIT_BLOCK
-            low, high = max(first, shard.start), min(first + INIT_BLOCK, shard.stop)
-            _write_rows(weight, low - shard.start, rows[low - first : high - first].astype(dtype))
-        slots = [paddle.zeros(shape, dtype) for _ in self._optimizer.slots]
-        return RowBank(weight, slots, self._optimizer, np.zeros(shard.num_local, np.int32))
 
 
 class _HeadFunction(paddle.autograd.PyLayer):
@@ -465,16 +401,3 @@ def _flat_label(label) -> paddle.Tensor:
     if label.dtype not in (paddle.int64, paddle.int32, paddle.int16, paddle.uint8, paddle.int8):
         raise ValueError(f"label: {label.dtype} values are not class ids; integers are needed")
     return label.reshape([-1]).astype("int64")
-
-
-def _write_rows(tensor: paddle.Tensor, start: int, rows: np.ndarray) -> None:
-    """tensor[start : start + len(rows)] = rows, in place."""
-    if tensor.place.is_cpu_place():
-        view(tensor)[start : start + len(rows)] = rows
-    else:
-        index = paddle.arange(start, start + len(rows))
-        paddle.scatter_(tensor, index, paddle.to_tensor(rows))
-
-
-def _name(tensor: paddle.Tensor) -> str:
-    return str(tensor.dtype).split(".")[-1]

@@ -3,31 +3,99 @@
 Legend: N local rows, S rows of the update, G samples of all ranks, D row length, T targets on this shard, K chunks.
 """
 
+import ctypes
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import paddle
 
+BLOCK = 4096  # rows initialised from one random stream, and rows moved at a time
 NO_MAX = -1e30  # running maximum before any logit; finite, so that a difference of two is not NaN
 TINY = 1e-12  # a shorter vector has no direction: similarity 0, gradient 0
 
 
-@dataclasses.dataclass
 class RowBank:
-    """Storage of a shard: the rows, what their optimiser keeps for each, and what they have missed."""
+    """Storage of a shard: the rows, what their optimiser keeps for each, and what they have missed.
 
-    weight: paddle.Tensor  # [N, D]
-    slots: list  # tensors [N, D], in the optimiser's order
-    optimizer: object  # utils.row_optim
-    stamp_N: np.ndarray  # int32: last update of a row (lazy SGD) or how many it had (AdamW)
+    Args:
+        start: global id of the first row; rows are drawn from N(0, 0.01^2), each from its own place in the random
+            streams, so that a class starts the same at any world size.
+        num_rows, dim: N and D.
+        optimizer: a class of ``utils.row_optim``.
+        seed: of the initial rows.
+        dtype: ``"float32"`` or ``"float64"``.
+    """
+
+    def __init__(self, start: int, num_rows: int, dim: int, optimizer, seed: int, dtype: str):
+        self.optimizer, self.num_rows = optimizer, num_rows
+        self.stamp_N = np.zeros(num_rows, np.int32)  # last update of a row (lazy SGD) or how many it had (AdamW)
+        self.weight = paddle.empty([num_rows, dim], dtype)
+        self.slots = [paddle.zeros([num_rows, dim], dtype) for _ in optimizer.slots]
+        for block in range(start // BLOCK, (start + num_rows - 1) // BLOCK + 1):
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, block])))
+            rows = rng.standard_normal([BLOCK, dim], dtype=np.float32) * np.float32(0.01)
+            low, high = max(block * BLOCK, start), min((block + 1) * BLOCK, start + num_rows)
+            write_rows(self.weight, low - start, rows[low - block * BLOCK : high - block * BLOCK])
 
     @property
-    def num_rows(self) -> int:
-        return self.weight.shape[0]
+    def tensors(self) -> dict[str, paddle.Tensor]:
+        """All tensors [N, D] by name."""
+        return {"weight": self.weight, **dict(zip(self.optimizer.slots, self.slots, strict=True))}
 
     def missed(self, rows) -> np.ndarray | None:
         """Catch-up matrices [R, 2, 2] of these rows (slice or ids); None if there is nothing to catch up."""
         return self.optimizer.missed(self.stamp_N[rows]) if self.optimizer.lazy else None
+
+    def caught_up(self) -> Iterator[tuple]:
+        """(start, w, *slots) of all rows, range by range, as a dense optimiser would have them now; copies."""
+        for start in range(0, self.num_rows, BLOCK):
+            rows = slice(start, min(start + BLOCK, self.num_rows))
+            chunks = [tensor[rows].numpy().copy() for tensor in self.tensors.values()]
+            missed = self.missed(rows)
+            yield (
+                start,
+                *(chunks if missed is None else self.optimizer.catch_up(*chunks, missed.astype(chunks[0].dtype))),
+            )
+
+    def catch_up(self) -> None:
+        """Bring every row up to date in place."""
+        if self.optimizer.lazy and not (self.stamp_N == self.optimizer.now).all():
+            for start, *chunks in self.caught_up():
+                for tensor, chunk in zip(self.tensors.values(), chunks, strict=True):
+                    write_rows(tensor, start, chunk)
+            self.stamp_N[:] = self.optimizer.now
+
+    def stepped(self, ids_S: np.ndarray | None, lr: float) -> None:
+        """Stamp the rows (None: all) that a step has just updated; flush when the table of missed steps is full."""
+        rows = slice(None) if ids_S is None else ids_S
+        if not self.optimizer.lazy:
+            self.stamp_N[rows] += 1
+            return
+        self.optimizer.advance(lr)
+        self.stamp_N[rows] = self.optimizer.now
+        if self.optimizer.full:
+            self.catch_up()
+        if self.optimizer.full or ids_S is None:
+            self.optimizer.restart()
+            self.stamp_N[:] = 0
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Copies of everything that belongs to single rows, as stored."""
+        return {**{name: tensor.numpy() for name, tensor in self.tensors.items()}, "stamp": self.stamp_N.copy()}
+
+    def load(self, rows: dict[str, np.ndarray], table: dict[str, np.ndarray]) -> None:
+        """Take back ``state`` and the optimiser's table; nothing changes if a shape or a stamp is wrong."""
+        shapes = {**{name: tuple(tensor.shape) for name, tensor in self.tensors.items()}, "stamp": (self.num_rows,)}
+        for name, shape in shapes.items():
+            found = np.shape(rows[name]) if name in rows else "missing"
+            if found != shape:
+                raise ValueError(f"head state: {name} is {found}, this rank needs {shape}")
+        if self.optimizer.lazy:
+            self.optimizer.load(table, highest_stamp=int(rows["stamp"].max()))
+        for name, tensor in self.tensors.items():
+            tensor.set_value(np.ascontiguousarray(rows[name], dtype_name(tensor.dtype)))
+        self.stamp_N[:] = rows["stamp"]
 
 
 @dataclasses.dataclass
@@ -55,3 +123,30 @@ class Forward:
     q_G: paddle.Tensor  # similarity of the target, 0 where another rank has it
     w_GD: paddle.Tensor  # w / |w| of the target, likewise
     record: Record | None  # None without gradients
+
+
+def view(tensor: paddle.Tensor) -> np.ndarray:
+    """The memory of a contiguous CPU tensor as an array, valid while the tensor lives."""
+    kind = {"float32": ctypes.c_float, "float64": ctypes.c_double}[dtype_name(tensor.dtype)]
+    pointer = ctypes.cast(tensor.data_ptr(), ctypes.POINTER(kind))
+    return np.ctypeslib.as_array(pointer, shape=tuple(tensor.shape))
+
+
+def inverse_norm(x_RD: np.ndarray) -> np.ndarray:
+    """1 / |x| by row, [R, 1]; 0 where there is no direction."""
+    norm_R1 = np.sqrt(np.einsum("rd,rd->r", x_RD, x_RD))[:, None]
+    return (norm_R1 > TINY) / np.maximum(norm_R1, TINY, dtype=x_RD.dtype)
+
+
+def write_rows(tensor: paddle.Tensor, start: int, rows: np.ndarray) -> None:
+    """tensor[start : start + len(rows)] = rows, in place."""
+    if tensor.place.is_cpu_place():
+        view(tensor)[start : start + len(rows)] = rows
+    else:
+        values = paddle.to_tensor(rows).astype(tensor.dtype)
+        paddle.scatter_(tensor, paddle.arange(start, start + len(rows)), values)
+
+
+def dtype_name(dtype) -> str:
+    """``float32`` for ``paddle.float32``, as numpy calls it."""
+    return str(dtype).split(".")[-1]

@@ -60,12 +60,16 @@ class RowSGD:
         """All rows are up to date and stamped 0."""
         self.product_A22 = np.eye(2)[None].copy()
 
-    def load(self, product_A22: np.ndarray) -> None:
-        """Take back a stored ``product_A22``."""
-        product_A22 = np.array(product_A22, dtype=np.float64)
-        if product_A22.ndim != 3 or product_A22.shape[1:] != (2, 2) or not len(product_A22):
-            raise ValueError(f"head state: transition table is {product_A22.shape}, [ages, 2, 2] needed")
-        self.product_A22 = product_A22
+    def table(self) -> dict[str, np.ndarray]:
+        """What a checkpoint stores beside the rows."""
+        return {"transition": self.product_A22.copy()} if self.lazy else {}
+
+    def load(self, table: dict[str, np.ndarray], highest_stamp: int) -> None:
+        """Take back ``table``, for rows stamped up to ``highest_stamp``."""
+        found = np.array(table.get("transition", 0.0), dtype=np.float64)
+        if found.ndim != 3 or found.shape[1:] != (2, 2) or not 0 <= highest_stamp < len(found):
+            raise ValueError(f"head state: transition {found.shape}, [ages, 2, 2] needed, ages above {highest_stamp}")
+        self.product_A22 = found
 
     def advance(self, lr: float) -> None:
         """One step has been applied to the sampled rows; what it means for the others joins the table."""
@@ -83,23 +87,27 @@ class RowSGD:
 
     @staticmethod
     def catch_up(w_SD, v_SD, missed_S22):
-        """(w, v) brought from their stamps to now; new arrays."""
-        p = missed_S22
-        return (
-            w_SD * p[:, 0, 0, None] + v_SD * p[:, 0, 1, None],
-            w_SD * p[:, 1, 0, None] + v_SD * p[:, 1, 1, None],
-        )
+        """(w, v) brought from their stamps to now; numpy arrays are overwritten."""
+        p = missed_S22[:, :, :, None]
+        fresh_v_SD = w_SD * p[:, 1, 0]
+        w_SD *= p[:, 0, 0]
+        w_SD += v_SD * p[:, 0, 1]
+        v_SD *= p[:, 1, 1]
+        v_SD += fresh_v_SD
+        return w_SD, v_SD
 
-    def step(self, w_SD, slots: tuple, grad_SD, lr: float, count_S=None):
-        """One update of up-to-date rows; returns (w, slots). ``grad_SD`` is used up."""
+    def step(self, w_SD, slots: tuple, g_SD, along_S1, lr: float, count_S=None):
+        """One update of up-to-date rows with the gradient ``g - along * w``; returns (w, v).
+
+        Decay and projection are one multiple of w. Numpy arrays, ``g`` too, are overwritten.
+        """
         (v_SD,) = slots
+        scratch_SD = w_SD * (self.weight_decay - along_S1)
+        g_SD += scratch_SD
         v_SD *= self.momentum
-        v_SD += grad_SD
-        if self.weight_decay:
-            grad_SD = _scaled(w_SD, self.weight_decay, grad_SD)
-            v_SD += grad_SD
-        w_SD -= _scaled(v_SD, lr, grad_SD)
-        return w_SD, (v_SD,)
+        v_SD += g_SD
+        w_SD -= np.multiply(v_SD, lr, out=scratch_SD) if isinstance(v_SD, np.ndarray) else v_SD * lr
+        return w_SD, v_SD
 
 
 class RowAdamW:
@@ -121,21 +129,23 @@ class RowAdamW:
             )
         self.beta1, self.beta2, self.epsilon, self.weight_decay = beta1, beta2, epsilon, float(weight_decay)
 
-    def step(self, w_SD, slots: tuple, grad_SD, lr: float, count_S=None):
-        """One update; ``count_S``: how many this is for each row, from 1, in the dtype of ``w``."""
+    def table(self) -> dict[str, np.ndarray]:
+        """Nothing: all that AdamW keeps belongs to rows."""
+        return {}
+
+    def step(self, w_SD, slots: tuple, g_SD, along_S1, lr: float, count_S=None):
+        """One update with the gradient ``g - along * w``; ``count_S``: which one it is for each row, from 1.
+
+        Returns (w, m, n). Numpy arrays, ``g`` too, are overwritten.
+        """
         m_SD, n_SD = slots
-        correction1_S = 1.0 - self.beta1**count_S
-        correction2_S = 1.0 - self.beta2**count_S
+        g_SD -= along_S1 * w_SD
+        correction1_S1 = 1.0 - self.beta1 ** count_S[:, None]
+        correction2_S1 = 1.0 - self.beta2 ** count_S[:, None]
         m_SD *= self.beta1
-        m_SD += (1.0 - self.beta1) * grad_SD
+        m_SD += (1.0 - self.beta1) * g_SD
         n_SD *= self.beta2
-        n_SD += (1.0 - self.beta2) * (grad_SD * grad_SD)
+        n_SD += (1.0 - self.beta2) * (g_SD * g_SD)
         w_SD *= 1.0 - lr * self.weight_decay
-        denominator_SD = (n_SD / correction2_S[:, None]) ** 0.5 + self.epsilon
-        w_SD -= (lr * m_SD / correction1_S[:, None]) / denominator_SD
-        return w_SD, (m_SD, n_SD)
-
-
-def _scaled(array, factor: float, scratch):
-    """factor * array, into ``scratch`` where numpy allows it."""
-    return np.multiply(array, factor, out=scratch) if isinstance(array, np.ndarray) else array * factor
+        w_SD -= (lr * m_SD / correction1_S1) / ((n_SD / correction2_S1) ** 0.5 + self.epsilon)
+        return w_SD, m_SD, n_SD
