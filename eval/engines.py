@@ -147,9 +147,8 @@ BUILDERS = {"dynamic": DynamicEngine, "static": StaticEngine, "predictor": Predi
 
 
 def image_spec(layer) -> paddle.static.InputSpec:
-    """The input of a backbone with a free batch size: float32 [-1, C, H, W]."""
-    size = layer.input_size
-    return paddle.static.InputSpec([None, getattr(layer, "in_channels", 3), size, size], "float32", "image")
+    """The input of a backbone with a free batch size: float32 [-1, 3, H, W] (grey networks take the luma)."""
+    return paddle.static.InputSpec([None, 3, layer.input_size, layer.input_size], "float32", "image")
 
 
 def save_inference_model(layer, prefix: str | Path) -> Path:

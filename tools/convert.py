@@ -30,8 +30,8 @@ import numpy as np
 import paddle
 import yaml
 
-from backbones import build_backbone, resolve_name
-from eval.embed import model_options
+from backbones import build_backbone
+from eval.embed import chosen_options, model_options
 from utils.errors import UserError, one_line_errors
 from utils.guess_network import guess_network
 from utils.head_weights import SHARDS, read_head
@@ -102,21 +102,6 @@ def _is_head(path: Path) -> bool:
     return False
 
 
-def chosen_options(source: Source, network: str | None) -> dict:
-    """Network and options to build: what the source tells, unless another network is named."""
-    if source.options is None and network is None:
-        raise UserError(f"{source.path}: its names and shapes tell no known network; name it: --network iresnet50")
-    if network is None:
-        return dict(source.options)
-    try:
-        name = resolve_name(network)
-    except ValueError as error:
-        raise UserError(f"--network: {error}") from None
-    if source.options is not None and resolve_name(source.options["network"]) == name:
-        return dict(source.options)
-    return {"network": name}
-
-
 def build(options: dict):
     """A backbone in evaluation mode from ``network`` and options."""
     options = dict(options)
@@ -126,8 +111,8 @@ def build(options: dict):
 
 
 def fixed_batch(layer) -> np.ndarray:
-    """The images every conversion is checked on: [2, C, H, W] float32 in [-1, 1], the same each time."""
-    shape = (BATCH, getattr(layer, "in_channels", 3), layer.input_size, layer.input_size)
+    """The images every conversion is checked on: [2, 3, H, W] float32 in [-1, 1], the same each time."""
+    shape = (BATCH, 3, layer.input_size, layer.input_size)
     return np.random.default_rng(SEED).uniform(-1, 1, shape).astype(np.float32)
 
 
@@ -213,7 +198,9 @@ def convert(source: Source, output: Path, network: str | None, tolerance: float)
     try:
         if source.state is not None:
             name = "backbone.pdparams" if as_folder else output.name
-            _convert_backbone(source, aside / name, chosen_options(source, network), tolerance, as_folder)
+            _convert_backbone(
+                source, aside / name, chosen_options(source.options, network, source.path), tolerance, as_folder
+            )
         if source.head is not None and (as_folder or source.state is None):
             write_head(aside / ("head.safetensors" if as_folder else output.name), source.head)
             print("class centres " + ", ".join(f"{key} {list(value.shape)}" for key, value in source.head.items()))

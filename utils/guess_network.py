@@ -12,6 +12,8 @@ DEPTHS = {
     (6, 26, 60, 6): "iresnet200",
 }
 
+VIT = {(12, 256): "vit_t", (12, 512): "vit_s", (24, 512): "vit_b", (24, 768): "vit_l"}  # (depth, width)
+
 
 def guess_network(state: dict[str, np.ndarray], from_torch: bool) -> dict | None:
     """``network`` and options for ``backbones.build_backbone``, or None if the state is of no known family.
@@ -24,6 +26,8 @@ def guess_network(state: dict[str, np.ndarray], from_torch: bool) -> dict | None
         return _iresnet(state, from_torch)
     if "conv_sep.layers.0.weight" in state:
         return _mobilefacenet(state, from_torch)
+    if "pos_embed" in state and "feature.2.weight" in state:
+        return _vit(state, from_torch)
     return None
 
 
@@ -51,6 +55,18 @@ def _mobilefacenet(state: dict[str, np.ndarray], from_torch: bool) -> dict:
     side = state["features.layers.0.layers.0.weight"].shape[-1]
     options = {"network": "mobilefacenet_large" if large else "mobilefacenet", "embedding_size": outputs}
     return {**options, **_sized(width, 256 if large else 128, side * side, 1)}
+
+
+def _vit(state: dict[str, np.ndarray], from_torch: bool) -> dict | None:
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    _, num_tokens, width = state["pos_embed"].shape
+    network = VIT.get((depth, width)) or next((name for (blocks, _), name in VIT.items() if blocks == depth), None)
+    if network is None:
+        return None
+    options = {"network": network, "embedding_size": _linear_shape(state["feature.2.weight"], from_torch)[0]}
+    side = round(num_tokens**0.5)
+    options |= {} if (depth, width) in VIT else {"width": width}
+    return options if side == 12 else {**options, "input_size": 9 * side}
 
 
 def _linear_shape(weight: np.ndarray, from_torch: bool) -> tuple[int, int]:

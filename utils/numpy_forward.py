@@ -52,6 +52,12 @@ class Weights:
         out = x @ (weight.T if self.from_torch else weight)
         return out + self.get(f"{name}.bias") if f"{name}.bias" in self.state else out
 
+    def layer_norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        """Normalised over the last axis, times weight, plus bias."""
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + EPSILON)
+        return scaled * self.get(f"{name}.weight") + self.get(f"{name}.bias")
+
     def conv(self, name: str, x: np.ndarray, stride: int = 1, padding: int | None = None) -> np.ndarray:
         """Cross-correlation, [B, C, H, W] -> [B, O, H', W']; groups follow from the shapes; zero padding."""
         weight = self.get(f"{name}.weight")
@@ -80,6 +86,8 @@ def reference_embedding(state: dict[str, np.ndarray], from_torch: bool, image_BC
         return _iresnet(weights, x)
     if weights.has("conv_sep."):
         return _mobilefacenet(weights, x)
+    if weights.has("blocks.0.attn.qkv."):
+        return _vit(weights, x)
     return None
 
 
@@ -117,3 +125,26 @@ def _mobilefacenet(w: Weights, x: np.ndarray) -> np.ndarray:
         x = residuals(f"layers.{stage + 1}", bottleneck(f"layers.{stage}", x, 2))
     x = conv_bn("features.layers.0", conv_bn("conv_sep", x), 1, 0)
     return w.batch_norm("features.layers.3", w.linear("features.layers.2", x.reshape(len(x), -1)))
+
+
+def _vit(w: Weights, x: np.ndarray, num_heads: int = 8) -> np.ndarray:
+    weight = w.get("patch_embed.proj.weight")
+    width, channels, patch, _ = weight.shape
+    num_images, side = len(x), x.shape[2] // patch
+    patches = x[:, :, : side * patch, : side * patch].reshape(num_images, channels, side, patch, side, patch)
+    patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(num_images, side * side, -1)
+    x = patches @ weight.reshape(width, -1).T + w.get("patch_embed.proj.bias") + w.get("pos_embed")
+    for index in range(w.count("blocks.")):
+        name = f"blocks.{index}"
+        qkv = w.linear(f"{name}.attn.qkv", w.layer_norm(f"{name}.norm1", x))
+        query, key, value = (part.reshape(num_images, -1, num_heads, width // num_heads).swapaxes(1, 2)
+                             for part in np.split(qkv, 3, axis=-1))  # fmt: skip
+        logit = query @ key.swapaxes(2, 3) / np.sqrt(width // num_heads)
+        attention = np.exp(logit - logit.max(-1, keepdims=True))
+        attention /= attention.sum(-1, keepdims=True)
+        x = x + w.linear(f"{name}.attn.proj", (attention @ value).swapaxes(1, 2).reshape(x.shape))
+        hidden = w.linear(f"{name}.mlp.fc1", w.layer_norm(f"{name}.norm2", x))
+        x = x + w.linear(f"{name}.mlp.fc2", np.clip(hidden, 0, 6))
+    x = w.layer_norm("norm", x).reshape(num_images, -1)
+    x = w.batch_norm("feature.1", w.linear("feature.0", x), 2e-5)
+    return w.batch_norm("feature.3", w.linear("feature.2", x), 2e-5)
