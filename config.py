@@ -68,7 +68,7 @@ class DataConfig(Section):
     num_classes: PositiveInt | None = None  # identities; None: as many as the data says
     num_images: PositiveInt | None = None  # synthetic: images an epoch; others: read from the data
     image_size: PositiveInt | None = None  # synthetic: side of the images made; None: model.input_size
-    resize: bool | Literal["stretch", "crop"] = False  # False: images of another size are an error
+    resize: bool | Literal["stretch", "crop", "window"] = False  # False: images of another size are an error
     split: Literal["train", "test"] | None = None  # mnist
     num_threads: PositiveInt = 2  # decoder threads (or processes) of one rank
     mode: Literal["thread", "process"] = "thread"

@@ -20,7 +20,7 @@ from utils.augment import build_augment, flips, sample_rng
 from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
 
-RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop"}
+RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop", "window": "window"}
 MODES = ("thread", "process")
 
 
@@ -30,7 +30,7 @@ class SampleReader:
     Args:
         source: see ``dataset.py``; anything with ``len`` and ``[i]`` serves.
         size: (height, width).
-        resize: None (another size is an error), ``stretch`` or ``crop``.
+        resize: None (another size is an error), ``stretch``, ``crop`` or ``window``.
         augment: name -> parameters, see ``utils/augment.py``.
         flip: mirror half of the samples.
         seed: base of all draws.
@@ -50,7 +50,7 @@ class SampleReader:
         import cv2
 
         for row, sample in enumerate(samples.tolist()):
-            labels[row] = self._read_one(sample, images[row])
+            labels[row] = self._read_one(sample, epoch, images[row])
             if self.augment is not None:
                 image = self.augment(images[row], sample_rng(self.seed, epoch, sample))
                 if image is not images[row]:
@@ -58,7 +58,7 @@ class SampleReader:
             if mirror[row]:
                 cv2.flip(images[row], 1, dst=images[row])
 
-    def _read_one(self, sample: int, out: np.ndarray) -> int:
+    def _read_one(self, sample: int, epoch: int, out: np.ndarray) -> int:
         data, label = self._fetch(sample)
         if isinstance(data, np.ndarray):
             image = data
@@ -73,9 +73,21 @@ class SampleReader:
             if self.resize is None:
                 found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
                 raise self._damaged(sample, f"image of {found}, {wanted} expected; ask for resize or pack it anew")
-            image = fit_image(image, self.size, self.resize)
+            if self.resize == "window":
+                image = self._window(image, sample, epoch)
+            else:
+                image = fit_image(image, self.size, self.resize)
         out[...] = image
         return label
+
+    def _window(self, image: np.ndarray, sample: int, epoch: int) -> np.ndarray:
+        """A random window of the network's size, not scaled, drawn from (seed, epoch, sample)."""
+        spare = np.subtract(image.shape[:2], self.size)
+        if spare.min() < 0:
+            found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
+            raise self._damaged(sample, f"image of {found} is smaller than the window of {wanted}; use resize 'crop'")
+        top, left = np.random.default_rng((self.seed, epoch, sample, 0x31D0)).integers(0, spare + 1)
+        return image[top : top + self.size[0], left : left + self.size[1]]
 
     def _damaged(self, sample: int, reason: str) -> Exception:
         damaged = getattr(self.source, "damaged", None)
@@ -302,7 +314,8 @@ def build_train_loader(
         augment: name -> parameters, see ``utils/augment.py``; nothing by default.
         flip: mirror each image with probability one half.
         image_size: side, or (height, width).
-        resize: False (another size is an error), True or ``stretch``, ``crop`` (centre of the same proportions first).
+        resize: False (another size is an error), True or ``stretch``, ``crop`` (centre of the same proportions first),
+            ``window`` (a random window of that size, not scaled).
         drop_last: leave out the last, smaller batch; else it is divided evenly, repeating a few samples if need be.
         prefetch: batches decoded ahead.
         normalize: False gives uint8 [B, H, W, 3] instead of float32 [B, 3, H, W] in [-1, 1].
@@ -320,7 +333,7 @@ def build_train_loader(
     if mode not in MODES:
         raise UserError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
     if resize not in RESIZE_MODES:
-        raise UserError(f"resize: {resize!r} is not one of False, True, 'stretch', 'crop'")
+        raise UserError(f"resize: {resize!r} is not one of False, True, 'stretch', 'crop', 'window'")
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or min(size) < 1:
         raise UserError(f"image_size: {image_size!r}, a side or (height, width) was expected")
