@@ -8,14 +8,15 @@ the name of sample i in messages. A source may be shared by threads and pickled 
 import gzip
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from mxnet_reader import RecordError
-from mxnet_reader.file import RecordFile
+from mxnet_reader.file import RecordFile, Scanned
 from mxnet_reader.format import IMAGE_HEADER
-from mxnet_reader.insightface import find_layout
+from mxnet_reader.insightface import find_layout, read_key
 from mxnet_reader.rebuild import open_index
 from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
@@ -94,32 +95,49 @@ class FaceRecordDataset(Source):
         if not self.rec_path.is_file():
             raise FileNotFoundError(f"{self.rec_path}: no such file; give the folder that holds {prefix}.rec")
         self._file = RecordFile(self.rec_path)
-        self._index = open_index(self._file, self.rec_path.with_suffix(".idx"))
-        layout = find_layout(self._file, self._index)
-        self.keys = layout.image_keys
+        self.index = open_index(self._file, self.rec_path.with_suffix(".idx"))
+        layout = find_layout(self._file, self.index)
+        self.keys, self.has_header, self.num_records = layout.image_keys, layout.has_header, len(self.index)
         self.num_classes, self.image_size = _read_property(self.rec_path.parent / "property")
         if self.num_classes is None:
             self.num_classes = layout.num_identities
 
     def _place(self, i: int) -> tuple[int, int, int | None]:
         key = int(self.keys[i])
-        return (key, *self._index.place(self._index.row(key)))
+        return (key, *self.index.place(self.index.row(key)))
+
+    def record(self, i: int) -> bytes:
+        """The whole payload of sample i: header, labels, encoded image."""
+        key, offset, limit = self._place(i)
+        return self._file.read_record(offset, key, limit)[0]
 
     def fetch(self, i: int) -> tuple[bytes, int]:
-        key, offset, limit = self._place(i)
-        payload, _ = self._file.read_record(offset, key, limit)
+        payload = self.record(i)
+        start, label = self._read_header(i, payload)
+        return payload[start:], label
+
+    def _read_header(self, i: int, payload: bytes) -> tuple[int, int]:
+        """(where the image starts, label) of a record."""
         size = len(payload)
         if size < IMAGE_HEADER.size:
-            raise RecordError(self.rec_path, f"{size} bytes, an image header has {IMAGE_HEADER.size}", offset, key)
+            raise self.damaged(i, f"{size} bytes, an image header has {IMAGE_HEADER.size}")
         flag, label, _, _ = IMAGE_HEADER.unpack_from(payload)
         start = IMAGE_HEADER.size + 4 * flag
         if start >= size:
-            raise RecordError(self.rec_path, f"no image: {flag} labels in a record of {size} bytes", offset, key)
+            raise self.damaged(i, f"no image: {flag} labels in a record of {size} bytes")
         if flag:
             label = float(np.frombuffer(payload, "<f4", 1, IMAGE_HEADER.size)[0])
         if not (math.isfinite(label) and label >= 0 and label == int(label)):
-            raise RecordError(self.rec_path, f"label {label} is not a class number (0, 1, 2, ...)", offset, key)
-        return payload[start:], int(label)
+            raise self.damaged(i, f"label {label} is not a class number (0, 1, 2, ...)")
+        return start, int(label)
+
+    def read_key(self, key: int) -> bytes:
+        """Payload of any record, header and identity records included."""
+        return read_key(self._file, self.index, key)
+
+    def scan(self, on_error: Callable[[RecordError], None] | None = None) -> Iterator[Scanned]:
+        """All records in the order of the file, whether the index knows them or not."""
+        return self._file.scan(on_error=on_error)
 
     def describe(self, i: int) -> str:
         key, offset, _ = self._place(i)

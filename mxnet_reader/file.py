@@ -212,7 +212,8 @@ class RecordFile:
             raise RecordError(self.path, reason, offset, key)
         follows = self.read_bytes(8, end)
         if follows[:4] != MAGIC_BYTES:
-            continued = end < self.size and self.judge_gap(end) == "lost"
+            indexed_later = limit is not None and end < limit < self.size
+            continued = end < self.size and (indexed_later or self.judge_gap(end) == "lost")
         else:  # where the index has its next record further on, this could be the rest of ours
             continued = limit is not None and len(follows) == 8 and follows[7] >> 5 not in (WHOLE, FIRST)
         if continued:

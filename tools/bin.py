@@ -1,0 +1,213 @@
+"""Make, show and unpack verification sets (.bin).
+
+    python tools/bin.py make lfw/ lfw.bin --pairs pairs.txt        LFW's pairs.txt; images lfw/<name>/<name>_0001.jpg
+    python tools/bin.py make lfw/ lfw.bin --pairs lfw_test_pair.txt  lines 'a/1.jpg b/2.jpg 0'
+    python tools/bin.py make faces/ mine.bin --num-pairs 6000      random pairs from a folder of identity folders
+    python tools/bin.py show lfw.bin lfw.png --num-pairs 20        a contact sheet, same pairs framed in green
+    python tools/bin.py unpack lfw.bin lfw_pairs/                  original bytes, and pairs.txt to make it again
+
+Images of another size are an error unless --resize says how to change them. Outputs appear when they are whole.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cv2
+import numpy as np
+
+from dataset import FolderDataset
+from eval.bins import load_bin, read_bin, save_bin
+from utils.decode import DecodeError, decode_image, fit_image
+from utils.errors import UserError, one_line_errors
+from utils.progress import progress
+
+SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".bmp")
+GREEN, RED, FRAME = (40, 160, 40), (200, 40, 40), 3
+
+
+def run_make(args: argparse.Namespace) -> None:
+    """Pairs of image files to a .bin; whole JPEG and PNG files of the right size keep their bytes."""
+    root, output = Path(args.root), Path(args.output)
+    if output.exists():
+        raise UserError(f"{output} exists; remove it or choose another output")
+    pairs = read_pairs(Path(args.pairs), root) if args.pairs else random_pairs(root, args.num_pairs, args.seed)
+    size = (args.image_size, args.image_size)
+    encoded: list[bytes] = []
+    for left, right, _ in progress(pairs, len(pairs), "reading pairs"):
+        encoded += [_prepare(path, size, args.resize, args.quality) for path in (left, right)]
+    same = [flag for _, _, flag in pairs]
+    save_bin(output, encoded, same)
+    print(f"{output}: {len(pairs)} pairs, {sum(same)} of one person")
+
+
+def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
+    """LFW's ``pairs.txt`` (``name 1 2`` and ``name 1 other 2``, counts in the first line) or ``a.jpg b.jpg 1`` lines."""
+    pairs = []
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    first = next((number for number, fields in enumerate(lines) if fields), len(lines))
+    if first < len(lines) and len(lines[first]) <= 2 and all(field.isdecimal() for field in lines[first]):
+        lines[first] = []
+    for number, fields in enumerate(lines, 1):
+        if not fields:
+            continue
+        if len(fields) == 3 and fields[1].isdecimal() and fields[2].isdecimal():
+            names = [(fields[0], fields[1]), (fields[0], fields[2])]
+            pair = (*(_find(root, f"{name}/{name}_{int(which):04d}", path, number) for name, which in names), True)
+        elif len(fields) == 4 and fields[1].isdecimal() and fields[3].isdecimal():
+            names = [(fields[0], fields[1]), (fields[2], fields[3])]
+            pair = (*(_find(root, f"{name}/{name}_{int(which):04d}", path, number) for name, which in names), False)
+        elif len(fields) == 3 and fields[2] in ("0", "1"):
+            pair = (*(_find(root, name, path, number) for name in fields[:2]), fields[2] == "1")
+        else:
+            wanted = "'name 1 2', 'name 1 other 2' or 'a.jpg b.jpg 1'"
+            raise UserError(f"{path}: line {number}: {' '.join(fields)[:80]!r}, {wanted} was expected")
+        pairs.append(pair)
+    if not pairs:
+        raise UserError(f"{path}: no pairs in it")
+    return pairs
+
+
+def _find(root: Path, name: str, path: Path, number: int) -> Path:
+    for suffix in SUFFIXES:
+        found = root / f"{name}{suffix}"
+        if found.is_file():
+            return found
+    raise UserError(f"{path}: line {number}: no image {root / name} (nor with {', '.join(SUFFIXES[1:])})")
+
+
+def random_pairs(root: Path, count: int, seed: int) -> list[tuple[Path, Path, bool]]:
+    """Half of the pairs of one person, half of two, none twice, in ten blocks of both kinds (for ten folds)."""
+    data, rng = FolderDataset(root), np.random.default_rng(seed)
+    members = [np.flatnonzero(data.labels == label) for label in range(data.num_classes)]
+    sizes = np.array([len(member) for member in members])
+    possible = sizes * (sizes - 1) // 2
+    different = (len(data) * (len(data) - 1)) // 2 - int(possible.sum())
+    if count < 2 or int(possible.sum()) < count // 2 or different < count - count // 2:
+        found = f"{int(possible.sum())} pairs of one person and {different} of two"
+        raise UserError(f"{root}: {found}, {count} pairs (half of each) were asked for")
+    same: dict[tuple, bool] = {}
+    while len(same) < count // 2:
+        label = rng.choice(len(members), p=possible / possible.sum())
+        left, right = rng.choice(members[label], 2, replace=False)
+        same[min(left, right), max(left, right)] = True
+    other: dict[tuple, bool] = {}
+    while len(other) < count - count // 2:
+        left, right = rng.choice(len(data), 2, replace=False)
+        if data.labels[left] != data.labels[right]:
+            other[min(left, right), max(left, right)] = False
+    folds = [part for kind in (same, other) for part in _tenths(list(kind.items()))]
+    ordered = [item for fold in range(10) for item in (*folds[fold], *folds[10 + fold])]
+    return [(data.path(int(left)), data.path(int(right)), flag) for (left, right), flag in ordered]
+
+
+def _tenths(items: list) -> list[list]:
+    ends = np.linspace(0, len(items), 11).astype(int)
+    return [items[start:stop] for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def _prepare(path: Path, size: tuple[int, int], resize: str, quality: int) -> bytes:
+    encoded = path.read_bytes()
+    try:
+        image = decode_image(encoded)
+    except DecodeError as error:
+        raise UserError(f"{path}: {error}") from error
+    if image.shape[:2] == size and (encoded[:3] == b"\xff\xd8\xff" or encoded[:4] == b"\x89PNG"):
+        return encoded
+    if image.shape[:2] != size:
+        if resize == "no":
+            found = "x".join(map(str, image.shape[:2]))
+            raise UserError(f"{path}: {found}, {size[0]}x{size[1]} expected; align it, or give --resize")
+        image = fit_image(image, size, resize)
+    return cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def run_show(args: argparse.Namespace) -> None:
+    """A contact sheet: pairs side by side, framed green where they are one person, red where not."""
+    images, same_P = load_bin(args.bin)
+    chosen = np.arange(len(same_P))
+    if len(chosen) > args.num_pairs:
+        chosen = np.sort(np.random.default_rng(args.seed).choice(chosen, args.num_pairs, replace=False))
+    columns = min(args.columns, len(chosen))
+    height, width = images.shape[1] + 2 * FRAME, 2 * images.shape[2] + 2 * FRAME
+    rows = -(-len(chosen) // columns)
+    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for place, pair in enumerate(chosen.tolist()):
+        top, left = place // columns * height, place % columns * width
+        sheet[top : top + height, left : left + width] = GREEN if same_P[pair] else RED
+        both = np.concatenate([images[2 * pair], images[2 * pair + 1]], axis=1)
+        sheet[top + FRAME : top + height - FRAME, left + FRAME : left + width - FRAME] = both
+    output = Path(args.output)
+    done, encoded = cv2.imencode(output.suffix or ".png", sheet[:, :, ::-1])
+    if not done:
+        raise UserError(f"{output}: OpenCV cannot write this kind of picture; use .png or .jpg")
+    partial = output.with_name(output.name + ".partial")
+    partial.write_bytes(encoded.tobytes())
+    partial.replace(output)
+    print(f"{output}: {len(chosen)} of {len(same_P)} pairs, {int(same_P[chosen].sum())} of one person")
+
+
+def run_unpack(args: argparse.Namespace) -> None:
+    """Original bytes to 000000_a.jpg, 000000_b.jpg, ... and a pairs.txt that ``make`` reads."""
+    encoded, same_P = read_bin(args.bin)
+    output = Path(args.output)
+    if output.exists():
+        raise UserError(f"{output} exists; remove it or choose another output")
+    partial = output.with_name(output.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for pair, flag in progress(enumerate(same_P.tolist()), len(same_P), "unpacking"):
+        names = []
+        for side, data in zip("ab", encoded[2 * pair : 2 * pair + 2], strict=True):
+            names.append(f"{pair:06d}_{side}{'.png' if data[:4] == bytes.fromhex('89504e47') else '.jpg'}")
+            (partial / names[-1]).write_bytes(data)
+        lines.append(f"{names[0]} {names[1]} {int(flag)}\n")
+    (partial / "pairs.txt").write_text("".join(lines))
+    partial.replace(output)
+    print(f"{output}: {len(same_P)} pairs, {int(same_P.sum())} of one person")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, function: object, example: str) -> argparse.ArgumentParser:
+        text = " ".join((function.__doc__ or "").split())
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example: python tools/bin.py {example}")
+        sub.set_defaults(run=function)
+        return sub
+
+    sub = command("make", run_make, "make lfw/ lfw.bin --pairs pairs.txt --resize crop")
+    sub.add_argument("root", help="folder that the pairs' paths start from, or of identity folders")
+    sub.add_argument("output", help="the .bin file")
+    sub.add_argument("--pairs", help="LFW's pairs.txt, or lines 'a.jpg b.jpg 1'; default: random pairs")
+    sub.add_argument("--num-pairs", type=int, default=6000, help="random pairs (default: 6000)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--image-size", type=int, default=112, help="side in pixels (default: 112)")
+    sub.add_argument("--resize", choices=("no", "stretch", "crop"), default="no", help="what to do with other sizes")
+    sub.add_argument("--quality", type=int, default=95, help="JPEG quality of resized images (default: 95)")
+
+    sub = command("show", run_show, "show lfw.bin lfw.png --num-pairs 20")
+    sub.add_argument("bin")
+    sub.add_argument("output", help="picture to write, .png or .jpg")
+    sub.add_argument("--num-pairs", type=int, default=40, help="pairs on the sheet (default: 40)")
+    sub.add_argument("--columns", type=int, default=5, help="pairs a row (default: 5)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("unpack", run_unpack, "unpack lfw.bin lfw_pairs/")
+    sub.add_argument("bin")
+    sub.add_argument("output", help="folder to make")
+    return parser
+
+
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
