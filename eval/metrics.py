@@ -184,7 +184,8 @@ def tar_at_far(score_P: np.ndarray, same_P: np.ndarray, fars: Sequence[float] = 
     while True:
         fps_K, tps_K, score_K = _curve(score_P, same_P, fraction)
         complete = fps_K[-1] + tps_K[-1] == len(score_P)
-        curve = _Curve(fps_K, tps_K, score_K, _corners(fps_K, tps_K, complete), num_same, num_different, complete)
+        corners = _corners(fps_K, tps_K, complete)
+        curve = _Curve(fps_K / num_different, tps_K / num_same, score_K, corners, complete)
         rows = [_at_far(far, curve) for far in fars]
         if None not in rows:
             return rows
@@ -235,14 +236,12 @@ def _curve(score_P, same_P, fraction):
 
 @dataclass(frozen=True)
 class _Curve:
-    """Counts of false and true accepts at each distinct score, best first; indices of the points tables may use."""
+    """Rates at each distinct score, best first, and the indices of the points that published tables may use."""
 
-    fps_K: np.ndarray
-    tps_K: np.ndarray
+    fpr_K: np.ndarray
+    tpr_K: np.ndarray
     score_K: np.ndarray
     corners: np.ndarray
-    num_same: int
-    num_different: int
     complete: bool
 
 
@@ -260,18 +259,18 @@ def _corners(fps_K, tps_K, complete):
 def _at_far(far: float, curve: _Curve) -> TarAtFar | None:
     """One row, or None where the part of the curve at hand cannot decide it."""
     # The curve starts at (0, 0), one point before the best score.
-    fpr = np.append(0.0, curve.fps_K[curve.corners] / curve.num_different)
+    fpr = np.append(0.0, curve.fpr_K[curve.corners])
     distance = np.abs(fpr - far)
     best = len(distance) - 1 - int(distance[::-1].argmin())
-    if not curve.complete and curve.fps_K[-1] / curve.num_different - far <= distance[best]:
+    if not curve.complete and curve.fpr_K[-1] - far <= distance[best]:
         return None
-    within = int(np.searchsorted(curve.fps_K / curve.num_different, far, side="right")) - 1
+    within = int(np.searchsorted(curve.fpr_K, far, side="right")) - 1
     return TarAtFar(
         far=far,
-        nearest=float(curve.tps_K[curve.corners[best - 1]] / curve.num_same) if best else 0.0,
+        nearest=float(curve.tpr_K[curve.corners[best - 1]]) if best else 0.0,
         nearest_far=float(fpr[best]),
-        strict=float(curve.tps_K[within] / curve.num_same) if within >= 0 else 0.0,
-        strict_far=float(curve.fps_K[within] / curve.num_different) if within >= 0 else 0.0,
+        strict=float(curve.tpr_K[within]) if within >= 0 else 0.0,
+        strict_far=float(curve.fpr_K[within]) if within >= 0 else 0.0,
         threshold=float(curve.score_K[within]) if within >= 0 else float("inf"),
     )
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import sparse
 
-_ROWS_PER_BLOCK = 256
+_ROWS_PER_BLOCK = 512
 _SCORES_PER_BLOCK = 1 << 25
 _PAIRS_PER_CHUNK = 1 << 18
 _PAIRS_PER_GATHER = 1 << 11
@@ -97,8 +97,7 @@ def score_pairs(template_T: np.ndarray, feature_TD: np.ndarray, left_P: np.ndarr
     if feature_TD.ndim != 2 or len(feature_TD) != len(template_T):
         raise ValueError(f"{len(template_T)} template ids for features of shape {feature_TD.shape}")
     find = _RowFinder(template_T)
-    left_P, right_P = find(left_P), find(right_P)
-    left_T, right_T = (_used(row_P, len(feature_TD)) for row_P in (left_P, right_P))
+    (left_P, left_T), (right_P, right_T) = find(left_P), find(right_P)
     if len(left_P) >= _RECTANGLE_PAIRS and left_T.sum() * right_T.sum() <= 16 * len(left_P):
         return _score_rectangle(feature_TD, left_T, right_T, left_P, right_P)
     score_P = np.empty(len(left_P))
@@ -141,16 +140,17 @@ class _RowFinder:
             self.table = np.full(int(largest) + 2, -1, np.int32)
             self.table[template_T] = np.arange(len(template_T))
 
-    def __call__(self, id_P: np.ndarray) -> np.ndarray:
-        """Rows of the ids, int32 [P]."""
-        row_P = np.empty(len(id_P), np.int32)
+    def __call__(self, id_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the ids, int32 [P], and which rows occur, bool [T]."""
+        row_P, used_T = np.empty(len(id_P), np.int32), np.zeros(len(self.sorted_T), bool)
 
         def look_up(start: int) -> None:
             part = slice(start, start + _PAIRS_PER_CHUNK)
             row_P[part] = self._rows(id_P[part], start)
+            used_T[row_P[part]] = True  # threads only ever write True
 
         _in_threads(look_up, range(0, len(id_P), _PAIRS_PER_CHUNK))
-        return row_P
+        return row_P, used_T
 
     def _rows(self, id_P: np.ndarray, first: int) -> np.ndarray:
         asked_P = id_P
@@ -166,13 +166,6 @@ class _RowFinder:
             pair = int(np.flatnonzero(row_P < 0)[0])
             raise ValueError(f"pair {first + pair} names template {asked_P[pair]}, which has no image")
         return row_P
-
-
-def _used(row_P: np.ndarray, num_rows: int) -> np.ndarray:
-    """Which rows occur, bool [T]."""
-    used_T = np.zeros(num_rows, bool)
-    used_T[row_P] = True
-    return used_T
 
 
 def _score_rectangle(feature_TD, left_T, right_T, left_P, right_P):
