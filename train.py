@@ -48,8 +48,8 @@ def build(config: Config) -> Run:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     run, data, model, optim, plan = config.run, config.data, config.model, config.optim, config.schedule
     with together():
-        check_precision(run.precision, paddle.get_device())
         source, num_classes = open_source(config)
+        check_precision(run.precision, paddle.get_device())
         margin = build_margin(config.head.margin.name, **config.head.margin.kwargs())
         paddle.seed(run.seed)
         backbone = build_backbone(model.network, **model.kwargs())
