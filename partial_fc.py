@@ -20,7 +20,7 @@ from utils import distributed
 from utils.head_numpy import NumpyKernel
 from utils.head_paddle import PaddleKernel, inverse_norm
 from utils.head_rows import Record, RowBank, dtype_name
-from utils.row_optim import RowAdamW, RowSGD
+from utils.row_optim import build_optimizer
 from utils.sampling import sample_classes
 
 
@@ -105,7 +105,7 @@ class PartialFC:
         self.shard = ClassShard(num_classes, rank, world_size)
         self.embedding_size, self.margin, self.sample_rate, self.seed = embedding_size, margin, sample_rate, seed
         self._optimizer_name = optimizer
-        self._optimizer = _build_optimizer(optimizer, update, momentum, weight_decay, betas, epsilon)
+        self._optimizer = build_optimizer(optimizer, update, momentum, weight_decay, betas, epsilon)
         self._kernel = _build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size)
         self._bank = RowBank(self.shard.start, self.shard.num_local, embedding_size, self._optimizer, seed, dtype)
         self._anchor = paddle.zeros([1], dtype)  # makes the loss differentiable even if the embedding is not
@@ -122,8 +122,8 @@ class PartialFC:
         Args:
             label_list: this rank's labels of each micro-batch, [B] each.
         """
-        labels = [distributed.all_gather_rows(_flat_label(label)).numpy() for label in label_list]
-        self._draw(self._checked(np.concatenate(labels)), sampled=None)
+        self.clear_grad()
+        self._draw(np.concatenate([self._gathered(label) for label in label_list]), sampled=None)
         self._prepared = True
 
     def __call__(self, embedding_BD: paddle.Tensor, label_B: paddle.Tensor, sampled=None) -> paddle.Tensor:
@@ -137,12 +137,11 @@ class PartialFC:
             label_B: global class ids, any integer dtype, [B] or [B, 1].
             sampled: global ids to use instead of a draw (positives are added), for tests and comparisons.
         """
-        label_B = _flat_label(label_B)
         if embedding_BD.ndim != 2 or embedding_BD.shape[1] != self.embedding_size:
             raise ValueError(f"embedding: shape {embedding_BD.shape}, expected [batch, {self.embedding_size}]")
-        if label_B.shape[0] != embedding_BD.shape[0]:
-            raise ValueError(f"label: {label_B.shape[0]} labels for {embedding_BD.shape[0]} embeddings")
-        label_G = self._checked(distributed.all_gather_rows(label_B).numpy())
+        label_G = self._gathered(label_B)
+        if len(label_G) != embedding_BD.shape[0] * self.shard.world_size:
+            raise ValueError(f"label: shape {label_B.shape} for {embedding_BD.shape[0]} embeddings")
         if not self._prepared and not self._has_gradient:
             self._draw(label_G, sampled)
         elif sampled is not None:
@@ -201,6 +200,13 @@ class PartialFC:
         """Sorted global ids of this rank's classes in the current update."""
         local = np.arange(self.shard.num_local) if self._ids_S is None else self._ids_S
         return local + self.shard.start
+
+    def _gathered(self, label) -> np.ndarray:
+        """Checked labels [G] of all ranks; all ranks see all of them, so all raise if one is wrong."""
+        shard, group = self.shard, (distributed.get_rank(), distributed.get_world_size())
+        if (shard.rank, shard.world_size) != group:
+            raise ValueError(f"rank: the head is rank {shard.rank} of {shard.world_size}, this process {group}")
+        return self._checked(distributed.all_gather_rows(_flat_label(label)).numpy())
 
     def _checked(self, label_G: np.ndarray) -> np.ndarray:
         wrong = label_G[(label_G < 0) | (label_G >= self.shard.num_classes)]
@@ -317,6 +323,10 @@ class PartialFC:
             output_ND[start : start + len(w_RD)] = w_RD
         return output_ND
 
+    def rows(self, ids_R) -> np.ndarray:
+        """A copy of the local rows with these local ids [R, D], as ``export_weight`` gives them; nothing changes."""
+        return self._bank.rows(ids_R)
+
     def row_state(self) -> dict[str, np.ndarray]:
         """What belongs to single rows, as stored: first axis N, so that shards can be joined and cut anew.
 
@@ -364,16 +374,6 @@ class _HeadFunction(paddle.autograd.PyLayer):
     def backward(ctx, upstream):
         gradient_BD = ctx.head._backward(ctx.saved, upstream, ctx.shape[0], ctx.dtype)
         return gradient_BD, paddle.zeros([1], ctx.head._anchor.dtype)
-
-
-def _build_optimizer(name, update, momentum, weight_decay, betas, epsilon):
-    if name == "sgd":
-        return RowSGD(momentum, 5e-4 if weight_decay is None else weight_decay, update or "dense")
-    if name == "adamw":
-        if update not in (None, "sampled"):
-            raise ValueError(f"update: adamw rows are updated when sampled; got {update!r}, use 'sampled'")
-        return RowAdamW(*betas, epsilon, 0.1 if weight_decay is None else weight_decay)
-    raise ValueError(f"optimizer: {name!r} is not one of sgd, adamw")
 
 
 def _build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size):

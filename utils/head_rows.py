@@ -58,6 +58,14 @@ class RowBank:
                 *(chunks if missed is None else self.optimizer.catch_up(*chunks, missed.astype(chunks[0].dtype))),
             )
 
+    def rows(self, ids_R) -> np.ndarray:
+        """A copy of the rows with these local ids [R, D], caught up; nothing changes."""
+        ids_R = np.asarray(ids_R, np.int64)
+        missed = self.missed(ids_R)
+        index = paddle.to_tensor(ids_R, place=self.weight.place)
+        chunks = [paddle.gather(tensor, index).numpy() for tensor in self.tensors.values()]
+        return chunks[0] if missed is None else self.optimizer.catch_up(*chunks, missed.astype(chunks[0].dtype))[0]
+
     def catch_up(self) -> None:
         """Bring every row up to date in place."""
         if self.optimizer.lazy and not (self.stamp_N == self.optimizer.now).all():
