@@ -23,6 +23,7 @@ import yaml
 from backbones import build_backbone, resolve_name
 from eval.engines import BUILDERS, ENGINES
 from utils.errors import UserError
+from utils.faces import read_image
 from utils.guess_network import guess_network
 from utils.onnx_weights import read_onnx, wants_raw_pixels
 from utils.weights import TORCH, is_torch_spelling, load_state, read_state
@@ -222,15 +223,6 @@ def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_f
 @functools.lru_cache(maxsize=1)
 def _cached_embedder(pretrained: str, backbone: str, engine: str, stamp: int) -> Embedder:
     return load_embedder(pretrained, backbone, engine)
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of an image file, pixels as stored (EXIF rotation is not applied to aligned crops)."""
-    data = np.frombuffer(Path(path).read_bytes(), np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
-    if image is None:
-        raise UserError(f"{path}: not an image that can be decoded ({data.size} bytes)")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def default_threads() -> int:

@@ -1,0 +1,114 @@
+"""Embed faces in photos.
+
+    python tools/embed.py crops/ --model work_dirs/run --output faces.npz                       # aligned 112x112 crops
+    python tools/embed.py photos/ --model work_dirs/run --landmarks points.txt --output faces.npz
+    python tools/embed.py photos/ --model w600k_r50.onnx --detector yunet.onnx --output faces.npz
+
+``--landmarks``: lines ``name x1 y1 ... x5 y5`` (eyes, nose, mouth corners, left to right as seen). ``--detector``: your
+YuNet file for OpenCV's FaceDetectorYN; the largest face of a photo, or every one with ``--all-faces``; photos without a
+face are named and left out. The output holds ``embedding`` float32 [N, D] (unit length; embedding plus that of the
+mirror image), ``norm`` [N] (before scaling), ``path`` [N], ``score`` [N] (the detector's) and ``landmark`` [N, 5, 2]
+where there are any. Big folders stream at flat memory; an interrupted run goes on; ranks of a launcher share the work.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from eval.embed import load_embedder
+from eval.engines import ENGINES
+from eval.stream import digest, embed_to_file
+from utils import distributed
+from utils.errors import UserError, one_line_errors
+from utils.faces import AlignedFaces, Face, detect_faces, find_images, load_detector, read_landmarks
+
+
+def collect_faces(args: argparse.Namespace) -> list[Face]:
+    """What to embed: crops as they are, faces of a landmark list, or what the detector finds."""
+    if args.landmarks is not None:
+        return read_landmarks(args.landmarks, args.source if args.source.is_dir() else args.source.parent)
+    paths = find_images(args.source)
+    if args.detector is None:
+        return [Face(path) for path in paths]
+    faces, empty = detect_faces(paths, load_detector(args.detector, args.min_score), args.all_faces)
+    if empty:
+        names = ", ".join(str(path) for path in empty[:5]) + (" ..." if len(empty) > 5 else "")
+        print(f"no face found in {len(empty)} of {len(paths)} photos: {names}", file=sys.stderr)
+    if not faces:
+        raise UserError(f"{args.source}: no face found in {len(paths)} photos; lower --min-score {args.min_score}?")
+    return faces
+
+
+def save_faces(output: Path, faces: list[Face], embedding_ND: np.ndarray) -> None:
+    """Write the ``.npz`` in one piece."""
+    norm_N = np.linalg.norm(embedding_ND, axis=1)
+    bad = np.flatnonzero(~(norm_N > 0) | ~np.isfinite(norm_N))
+    if len(bad):
+        raise UserError(f"{faces[bad[0]].path}: its embedding is zero or not finite; check the weights")
+    content = {
+        "embedding": embedding_ND / norm_N[:, None],
+        "norm": norm_N,
+        "path": np.array([str(face.path) for face in faces]),
+        "score": np.array([face.score for face in faces], np.float32),
+    }
+    if all(face.landmark_52 is not None for face in faces):
+        content["landmark"] = np.stack([face.landmark_52 for face in faces]).astype(np.float32)
+    aside = output.with_name(f".{output.name}.tmp.npz")
+    try:
+        np.savez(aside, **content)
+        aside.replace(output)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="an image, or a folder that is searched to the bottom")
+    parser.add_argument("--model", required=True, help="run directory, weights file or .onnx")
+    parser.add_argument("--network", help="backbone name, where the model does not say it")
+    parser.add_argument("--output", type=Path, required=True, help=".npz file to write")
+    parser.add_argument("--landmarks", type=Path, help="list of five points a face")
+    parser.add_argument("--detector", type=Path, help="YuNet .onnx file for OpenCV's FaceDetectorYN")
+    parser.add_argument("--min-score", type=float, default=0.8, help="least detector score (default: %(default)s)")
+    parser.add_argument("--all-faces", action="store_true", help="every face of a photo, not the largest alone")
+    parser.add_argument("--resize", action="store_true", help="resize crops of another size")
+    parser.add_argument("--no-flip", action="store_true", help="without the mirror image's embedding")
+    parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or xpu (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".npz":
+        raise UserError(f"--output {args.output}: the name must end in .npz")
+    if args.landmarks is not None and args.detector is not None:
+        raise UserError("--landmarks and --detector exclude each other")
+    distributed.init(args.device)
+    failure, faces, embedder = None, [], None
+    try:
+        faces = collect_faces(args)
+        embedder = load_embedder(args.model, args.network, args.engine, args.batch_size)
+    except Exception as error:  # told to the other ranks, which wait
+        failure = error
+    distributed.raise_together(failure)
+    images = AlignedFaces(faces, embedder.input_size, rotate=args.detector is not None, resize=args.resize)
+    raw = args.output.with_name(f".{args.output.name}.raw.npy")
+    flip = "none" if args.no_flip else "add"
+    stamp = [(face.path, face.path.stat().st_mtime_ns, face.landmark_52) for face in faces]
+    embedding_ND = embed_to_file(embedder, images, raw, flip=flip, key=digest(stamp))
+    if distributed.get_rank() != 0:
+        return
+    try:
+        save_faces(args.output, faces, np.asarray(embedding_ND))
+    finally:
+        raw.unlink(missing_ok=True)
+    print(f"{len(faces)} faces by {embedder.engine}, {embedder.embedding_size} numbers each: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
