@@ -226,14 +226,20 @@ class FolderDataset(ListDataset):
 
 
 class CelebADataset(ListDataset):
-    """CelebA: ``identity_CelebA.txt`` (``000001.jpg 2880``) and ``img_align_celeba/``.
+    """CelebA: ``identity_CelebA.txt`` (``000001.jpg 2880``) and ``img_align_celeba/``, in ``Anno/`` and ``Img/`` or flat.
 
     Identities are renumbered 0, 1, ... in ascending order of their number; images are 178 wide and 218 high, so the
     loader has to be asked to resize.
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
-        super().__init__(Path(root) / "identity_CelebA.txt", Path(root) / "img_align_celeba")
+        root = Path(root)
+        list_file, images = root / "Anno" / "identity_CelebA.txt", root / "Img" / "img_align_celeba"
+        if not list_file.exists():
+            list_file = root / "identity_CelebA.txt"
+        if not images.exists():
+            images = root / "img_align_celeba"
+        super().__init__(list_file, images)
         self.identities, self.labels = np.unique(self.labels, return_inverse=True)
         self.num_classes = len(self.identities)
 
