@@ -226,7 +226,7 @@ class FolderDataset(ListDataset):
 
 
 class CelebADataset(ListDataset):
-    """CelebA: ``identity_CelebA.txt`` (``000001.jpg 2880``) and ``img_align_celeba/``, in ``Anno/`` and ``Img/`` or flat.
+    """CelebA: ``identity_CelebA.txt`` (``000001.jpg 2880``) and ``img_align_celeba/``, in ``Anno`` and ``Img`` or flat.
 
     Identities are renumbered 0, 1, ... in ascending order of their number; images are 178 wide and 218 high, so the
     loader has to be asked to resize.
