@@ -366,14 +366,15 @@ class _HeadFunction(paddle.autograd.PyLayer):
 
     @staticmethod
     def forward(ctx, embedding_BD, anchor, head, label_G, keep):
-        ctx.head, ctx.shape, ctx.dtype = head, embedding_BD.shape, embedding_BD.dtype
+        ctx.head, ctx.batch, ctx.dtype = head, embedding_BD.shape[0], embedding_BD.dtype
+        ctx.frozen = embedding_BD.stop_gradient
         loss, ctx.saved = head._forward(embedding_BD, label_G, keep)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        gradient_BD = ctx.head._backward(ctx.saved, upstream, ctx.shape[0], ctx.dtype)
-        return gradient_BD, paddle.zeros([1], ctx.head._anchor.dtype)
+        gradient_BD = ctx.head._backward(ctx.saved, upstream, ctx.batch, ctx.dtype)
+        return None if ctx.frozen else gradient_BD, paddle.zeros([1], ctx.head._anchor.dtype)
 
 
 def _build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size):

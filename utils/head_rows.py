@@ -75,7 +75,10 @@ class RowBank:
             self.stamp_N[:] = self.optimizer.now
 
     def stepped(self, ids_S: np.ndarray | None, lr: float) -> None:
-        """Stamp the rows (None: all) that a step has just updated; flush when the table of missed steps is full."""
+        """Stamp the rows (None: all) that a step has just updated; flush when the table of missed steps is full.
+
+        The table depends on the number of steps alone, never on what this rank drew: it is the same on all ranks.
+        """
         rows = slice(None) if ids_S is None else ids_S
         if not self.optimizer.lazy:
             self.stamp_N[rows] += 1
@@ -84,7 +87,6 @@ class RowBank:
         self.stamp_N[rows] = self.optimizer.now
         if self.optimizer.full:
             self.catch_up()
-        if self.optimizer.full or ids_S is None:
             self.optimizer.restart()
             self.stamp_N[:] = 0
 

@@ -149,3 +149,16 @@ class RowAdamW:
         w_SD *= 1.0 - lr * self.weight_decay
         w_SD -= (lr * m_SD / correction1_S1) / ((n_SD / correction2_S1) ** 0.5 + self.epsilon)
         return w_SD, m_SD, n_SD
+
+
+def build_optimizer(
+    name: str, update: str | None, momentum: float, weight_decay: float | None, betas: tuple, epsilon: float
+) -> RowSGD | RowAdamW:
+    """Row optimiser ``"sgd"`` or ``"adamw"``; ``None`` stands for the optimiser's own default."""
+    if name == "sgd":
+        return RowSGD(momentum, 5e-4 if weight_decay is None else weight_decay, update or "dense")
+    if name == "adamw":
+        if update not in (None, "sampled"):
+            raise ValueError(f"update: adamw rows are updated when sampled; got {update!r}, use 'sampled'")
+        return RowAdamW(*betas, epsilon, 0.1 if weight_decay is None else weight_decay)
+    raise ValueError(f"optimizer: {name!r} is not one of sgd, adamw")
