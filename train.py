@@ -155,12 +155,10 @@ def train(run: Run) -> None:
     run.watchdog.start()
     iterator = iter(run.loader)
     with StopSignal() as stop:
-        while run.schedule_step < run.schedule.total_steps and not progress.stopped_early:
+        while run.schedule_step < run.schedule.total_steps and not (progress.stopped_early or stop.agreed):
             run.watchdog.enter("data")
             lr, asked = run.schedule(run.schedule_step), time.monotonic()
             batches = fetch(run, iterator, stop)
-            if stop.agreed:
-                break
             if batches is None:  # the epoch is over; the loader stands at the next one
                 iterator = iter(run.loader)
                 continue
@@ -231,10 +229,13 @@ def main(argv: list[str] | None = None) -> None:
     run = build(config)
     try:
         train(run)
+        run.watchdog.stop()
+    except UserError:  # all ranks have it; anything else the other ranks learn from the missing heartbeat
+        run.watchdog.stop()
+        raise
     finally:
         run.log.close()
         run.loader.close()
-        run.watchdog.stop()
 
 
 if __name__ == "__main__":

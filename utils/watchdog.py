@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from utils import distributed
+
 EXIT_STATUS = 76
 BEAT = 1.0  # seconds between two heartbeats
 STALE = 120.0  # seconds without a heartbeat after which a rank of another machine counts as dead (file caches are slow)
@@ -51,9 +53,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat and to look. Call after all ranks have reached the same point."""
+        """Begin to beat and to look. All ranks call it: files of an earlier run must be replaced before one is read."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._beat(0)
+        distributed.barrier()
         self._moved = time.monotonic()
         self._thread.start()
 
