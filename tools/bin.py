@@ -11,6 +11,7 @@ Images of another size are an error unless --resize says how to change them. Out
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -45,7 +46,7 @@ def run_make(args: argparse.Namespace) -> None:
 
 
 def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
-    """LFW's ``pairs.txt`` (``name 1 2`` and ``name 1 other 2``, counts in the first line) or ``a.jpg b.jpg 1`` lines."""
+    """LFW's ``pairs.txt`` (counts, then ``name 1 2`` or ``name 1 other 2`` lines), or ``a.jpg b.jpg 1`` lines."""
     pairs = []
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     first = next((number for number, fields in enumerate(lines) if fields), len(lines))
@@ -106,7 +107,7 @@ def random_pairs(root: Path, count: int, seed: int) -> list[tuple[Path, Path, bo
 
 def _tenths(items: list) -> list[list]:
     ends = np.linspace(0, len(items), 11).astype(int)
-    return [items[start:stop] for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+    return [items[start:stop] for start, stop in pairwise(ends)]
 
 
 def _prepare(path: Path, size: tuple[int, int], resize: str, quality: int) -> bytes:

@@ -54,15 +54,15 @@ def decode_image(encoded: bytes, out: np.ndarray | None = None) -> np.ndarray:
 
 def _decode_jpeg(encoded: bytes, out: np.ndarray | None) -> np.ndarray | None:
     """None for the few colour spaces (CMYK) that simplejpeg does not turn into RGB."""
-    try:
-        if out is not None:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
-            if colorspace in ("CMYK", "YCCK"):
-                return None
-            if out.shape == (height, width, 3):
-                simplejpeg.decode_jpeg(encoded, buffer=out)
+    if out is not None:
+        try:  # nearly always it fits: no look at the header first
+            image = simplejpeg.decode_jpeg(encoded, buffer=out)
+            if image.shape == out.shape:
                 return out
-        elif simplejpeg.decode_jpeg_header(encoded)[2] in ("CMYK", "YCCK"):
+        except ValueError:  # damaged, larger than the buffer, or another colour space: found out below
+            pass
+    try:
+        if simplejpeg.decode_jpeg_header(encoded)[2] in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(encoded)
     except ValueError as error:

@@ -5,7 +5,10 @@ The order is one global permutation an epoch, drawn from (seed, epoch). The glob
 (seed, epoch, sample). So data depend on neither the number of threads nor the mode, and an epoch resumes at any sample,
 at any world size, without reading what was consumed.
 
-B local batch, W ranks, N samples, H and W (as an axis) image size. Batches are uint8 NHWC until they lie on the device.
+On an accelerator the batch travels as uint8 NHWC and is flipped and normalised there. Where the device is the host, the
+threads do it while the image is in their cache.
+
+B local batch, W ranks, N samples, H and W (as an axis) image size.
 """
 
 import queue
@@ -14,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 
 from utils.augment import build_augment, flips, sample_rng
@@ -22,6 +26,13 @@ from utils.errors import UserError
 
 RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop", "window": "window"}
 MODES = ("thread", "process")
+
+
+def normalise_image(image: np.ndarray, out: np.ndarray, planes: np.ndarray, flipped: bool = False) -> None:
+    """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1], mirrored if asked; ``planes`` is scratch, uint8 [3, H, W]."""
+    cv2.split(image, list(planes))
+    np.multiply(planes[:, :, ::-1] if flipped else planes, np.float32(2 / 255), out=out)
+    np.subtract(out, np.float32(1), out=out)
 
 
 class SampleReader:
@@ -42,21 +53,27 @@ class SampleReader:
         self._fetch: Callable = getattr(source, "fetch", None) or source.__getitem__
 
     def read(self, samples: np.ndarray, mirror: np.ndarray, epoch: int, images: np.ndarray, labels: np.ndarray) -> None:
-        """Fill ``images`` [n, H, W, 3] uint8 and ``labels`` [n] int64 with the given samples.
+        """Fill ``images`` and ``labels`` [n] int64 with the given samples.
+
+        ``images`` is uint8 [n, H, W, 3], or float32 [n, 3, H, W] to be normalised to [-1, 1] as well.
 
         Raises:
             ValueError: a sample that cannot be read or has another size, naming it.
         """
-        import cv2
-
-        for row, sample in enumerate(samples.tolist()):
-            labels[row] = self._read_one(sample, epoch, images[row])
+        as_float = images.dtype == np.float32
+        scratch = np.empty((*self.size, 3), np.uint8) if as_float else None
+        planes = np.empty((3, *self.size), np.uint8) if as_float else None
+        for row, (sample, flipped) in enumerate(zip(samples.tolist(), mirror.tolist(), strict=True)):
+            image = pixels = scratch if as_float else images[row]
+            labels[row] = self._read_one(sample, epoch, pixels)
             if self.augment is not None:
-                image = self.augment(images[row], sample_rng(self.seed, epoch, sample))
-                if image is not images[row]:
-                    images[row] = image
-            if mirror[row]:
-                cv2.flip(images[row], 1, dst=images[row])
+                image = self.augment(pixels, sample_rng(self.seed, epoch, sample))
+            if as_float:
+                normalise_image(image, images[row], planes, flipped)
+            elif flipped:
+                cv2.flip(image, 1, dst=pixels)
+            elif image is not pixels:
+                pixels[...] = image
 
     def _read_one(self, sample: int, epoch: int, out: np.ndarray) -> int:
         data, label = self._fetch(sample)
@@ -193,11 +210,13 @@ class TrainLoader:
             pipeline.close()
 
     def _hand_over(self, images: np.ndarray, labels: np.ndarray, mirror: np.ndarray) -> tuple:
-        """uint8 NHWC in host memory -> tensors on the device; flip and normalisation happen there."""
+        """A batch in host memory -> tensors on the device, flipped and normalised there unless the threads did it."""
         import paddle
 
         from utils.compat import share_numpy  # not at the top: worker processes do without paddle
 
+        if images.dtype == np.float32:
+            return share_numpy(images), paddle.to_tensor(labels)
         image = share_numpy(images)
         if not self._options["flip_on_host"]:
             image = image.to(paddle.get_device(), blocking=True)
@@ -217,18 +236,18 @@ class TrainLoader:
 class BufferPool:
     """Preallocated batches; one comes back by itself when the last tensor that shares it is gone."""
 
-    def __init__(self, shape: tuple[int, ...], count: int) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: type, count: int) -> None:
         self._free: queue.SimpleQueue = queue.SimpleQueue()
         for _ in range(count):
-            self._free.put(np.empty(shape, np.uint8))
-        self._shape = shape
+            self._free.put(np.empty(shape, dtype))
+        self._shape, self._dtype = shape, dtype
 
     def take(self, num_rows: int) -> np.ndarray:
         """A batch of at most the pool's rows; a new buffer if the consumer keeps all of them."""
         try:
             buffer = self._free.get_nowait()
         except queue.Empty:
-            buffer = np.empty(self._shape, np.uint8)
+            buffer = np.empty(self._shape, self._dtype)
         view = buffer[:num_rows]
         weakref.finalize(view, self._free.put, buffer).atexit = False
         return view
@@ -247,7 +266,9 @@ class ThreadPipeline:
     def __init__(self, reader: SampleReader, batch_size: int, epoch: int, options: dict) -> None:
         self._reader, self._epoch, self._options = reader, epoch, options
         self._pool = ThreadPoolExecutor(options["num_threads"], thread_name_prefix="face-loader")
-        self._buffers = BufferPool((batch_size, *reader.size, 3), options["prefetch"] + 2)
+        as_float = options["normalize"] and options["flip_on_host"]
+        shape = (batch_size, 3, *reader.size) if as_float else (batch_size, *reader.size, 3)
+        self._buffers = BufferPool(shape, np.float32 if as_float else np.uint8, options["prefetch"] + 2)
         self._chunk = max(1, min(options["chunk"], -(-batch_size // options["num_threads"])))
 
     def run(self, batches: Iterator) -> Iterator[tuple]:
@@ -354,7 +375,7 @@ def build_train_loader(
         "drop_last": drop_last,
         "prefetch": prefetch,
         "normalize": normalize,
-        "chunk": 16,
+        "chunk": 32,
         "pipeline": Pipeline,
     }
     return TrainLoader(SampleReader(source, size, RESIZE_MODES[resize], augment or {}, seed), batch_size, options)

@@ -1,0 +1,277 @@
+"""How fast a RecordIO face set becomes Paddle tensors, beside the bare JPEG decoder, mxnet and paddle.io.DataLoader.
+
+    python benchmarks/reader.py                        prints the ratios; a minute or two
+    python benchmarks/reader.py --json reader.json     writes them as well
+
+All contestants read the same file of 112x112 JPEGs (made for the run, about 9 KB each) with the same number of threads
+or workers, in a random order, and take turns, so that a slow minute of the machine hits all of them. ``ratio`` above 1
+means that ours is faster; beside the bare decoder (encoded bytes in memory, pixels thrown away) 1 is the ceiling.
+mxnet runs in an environment of its own (``make .venv-mxnet``); without it its case is left out, with a warning.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):
+    sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+MXNET_PYTHON = ROOT / ".venv-mxnet" / "bin" / "python"
+
+MXNET_LOOP = """
+import os, sys, threading, time
+import mxnet as mx, numpy as np
+rec, idx, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+keys = mx.recordio.MXIndexedRecordIO(idx, rec, "r").keys
+readers = [mx.recordio.MXIndexedRecordIO(idx, rec, "r") for _ in range(threads)]
+def work(reader, part):
+    for key in part:
+        header, data = mx.recordio.unpack(reader.read_idx(key))
+        mx.image.imdecode(data).asnumpy()
+for line in sys.stdin:
+    order = np.random.default_rng(int(line)).permutation(keys)
+    parts = np.array_split(order, threads)
+    started = time.perf_counter()
+    pool = [threading.Thread(target=work, args=pair) for pair in zip(readers, parts)]
+    [thread.start() for thread in pool]; [thread.join() for thread in pool]
+    print("rate", len(order) / (time.perf_counter() - started), flush=True)
+"""
+
+OPEN_INDEX = """
+import resource, sys, time
+{load}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+reader = recordio.MXIndexedRecordIO(sys.argv[1], sys.argv[2], "r")
+seconds = time.perf_counter() - started
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, len(reader.keys))
+"""
+
+
+def make_records(folder: Path, count: int) -> None:
+    """``train.rec`` with face-sized JPEGs of about 9 KB: smooth shapes and some noise."""
+    import cv2
+
+    from mxnet_reader import recordio
+
+    rng = np.random.default_rng(0)
+    writer = recordio.MXIndexedRecordIO(folder / "train.idx", folder / "train.rec", "w")
+    for key in range(count):
+        image = cv2.resize(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
+        noise = rng.integers(-16, 17, image.shape)
+        image = np.clip(image + noise, 0, 255).astype(np.uint8)
+        writer.write_idx(key, recordio.pack_img(recordio.IRHeader(0, key % 100, key, 0), image, quality=93))
+    writer.close()
+
+
+def bare_decode(source: object, threads: int) -> Callable[[int], float]:
+    """Images a second of nothing but the decoder, bytes in memory."""
+    import simplejpeg
+
+    encoded = [source.fetch(i)[0] for i in range(len(source))]
+
+    def work(part: np.ndarray) -> None:
+        for i in part:
+            simplejpeg.decode_jpeg(encoded[i])
+
+    def run(seed: int) -> float:
+        parts = np.array_split(np.random.default_rng(seed).permutation(len(encoded)), threads)
+        with ThreadPoolExecutor(threads) as pool:
+            started = time.perf_counter()
+            list(pool.map(work, parts))
+            return len(encoded) / (time.perf_counter() - started)
+
+    return run
+
+
+def our_loader(source: object, threads: int, batch_size: int, normalize: bool, mode: str = "thread") -> Callable:
+    """Images a second of our loader, from the first batch on (starting the workers is not counted for anybody)."""
+    from utils.loader import build_train_loader
+
+    def run(seed: int) -> float:
+        options = {"num_threads": threads, "mode": mode, "seed": seed}
+        loader = build_train_loader(source, batch_size, normalize=normalize, flip=normalize, **options)
+        return _rate(loader, batch_size)
+
+    return run
+
+
+def paddle_loader(source: object, workers: int, batch_size: int, normalize: bool) -> Callable[[int], float]:
+    """``paddle.io.DataLoader`` over the same source and files."""
+    import paddle
+
+    class Wrapped(paddle.io.Dataset):
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, i: int) -> tuple:
+            image, label = source[i]
+            if normalize:
+                image = image[:, ::-1] if image.sum() % 2 else image
+                image = ((image.transpose(2, 0, 1) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)).astype(
+                    "float32"
+                )
+            return image, label
+
+    def run(seed: int) -> float:
+        paddle.seed(seed)
+        options = {"shuffle": True, "drop_last": True, "num_workers": workers}
+        return _rate(paddle.io.DataLoader(Wrapped(), batch_size=batch_size, **options), batch_size)
+
+    return run
+
+
+def _rate(loader: object, batch_size: int) -> float:
+    started, batches = None, 0
+    for image, _ in loader:
+        assert image.shape[0] == batch_size
+        if started is None:
+            started = time.perf_counter()
+        else:
+            batches += 1
+    return batches * batch_size / (time.perf_counter() - started)
+
+
+def mxnet_loop(folder: Path, threads: int) -> Callable[[int], float]:
+    """``read_idx`` and ``imdecode`` of the real mxnet, a reader a thread."""
+    command = [str(MXNET_PYTHON), "-c", MXNET_LOOP, str(folder / "train.rec"), str(folder / "train.idx"), str(threads)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(seed: int) -> float:
+        process.stdin.write(f"{seed}\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            if line.startswith("rate"):
+                return float(line.split()[1])
+        raise RuntimeError(f"mxnet ended with status {process.wait()}")
+
+    return run
+
+
+def open_index(folder: Path, lines: int) -> list[dict]:
+    """Seconds and memory to open a large index, each in a fresh process."""
+    idx, rec = folder / "large.idx", folder / "large.rec"
+    rec.write_bytes(b"")
+    offsets = np.cumsum(np.random.default_rng(0).integers(2000, 4000, lines) * 4).tolist()
+    with open(idx, "w") as file:
+        file.writelines(f"{key}\t{offset}\n" for key, offset in enumerate(offsets))
+    found = {}
+    for name, python, load in (
+        ("ours", sys.executable, f"sys.path.insert(0, {str(ROOT)!r})\nfrom mxnet_reader import recordio"),
+        ("mxnet", str(MXNET_PYTHON), "from mxnet import recordio"),
+    ):
+        if not Path(python).exists():
+            continue
+        command = [python, "-W", "ignore", "-c", OPEN_INDEX.format(load=load), str(idx), str(rec)]
+        runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(3)]
+        found[name] = [[float(run[column]) for run in runs] for column in (0, 1)]
+    idx.unlink()
+    cases = []
+    for column, metric in enumerate(("seconds", "peak_mb")):
+        ours, peer = found["ours"][column], found.get("mxnet", [None, None])[column]
+        cases.append(case(f"reader/open_index/{lines}", metric, ours, peer, "mxnet", smaller_is_better=True))
+    return cases
+
+
+def case(
+    name: str, metric: str, ours: list, peer: list | None, peer_name: str, smaller_is_better: bool = False
+) -> dict:
+    """One line of the result: medians, and the median and spread of the ratio over the rounds."""
+    ratios = [] if peer is None else [(b / a if smaller_is_better else a / b) for a, b in zip(ours, peer, strict=True)]
+    return {
+        "name": name,
+        "metric": metric,
+        "ours": round(statistics.median(ours), 3),
+        "peer": None if peer is None else round(statistics.median(peer), 3),
+        "peer_name": peer_name,
+        "ratio": round(statistics.median(ratios), 3) if ratios else None,
+        "runs": len(ours),
+        "spread": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None,
+    }
+
+
+def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
+    """All contestants in turn, ``args.runs`` rounds."""
+    from dataset import FaceRecordDataset
+
+    make_records(folder, args.images)
+    source = FaceRecordDataset(folder)
+    size = (folder / "train.rec").stat().st_size / args.images / 1024
+    print(f"{args.images} records of {size:.1f} KiB, {args.threads} threads, batches of {args.batch_size}", flush=True)
+    contestants = {
+        "decode": bare_decode(source, args.threads),
+        "ours": our_loader(source, args.threads, args.batch_size, normalize=False),
+        "dataloader": paddle_loader(source, 2, args.batch_size, normalize=False),
+        "ours_float": our_loader(source, args.threads, args.batch_size, normalize=True),
+        "dataloader_float": paddle_loader(source, 2, args.batch_size, normalize=True),
+        "ours_process": our_loader(source, args.threads, args.batch_size, normalize=False, mode="process"),
+    }
+    if MXNET_PYTHON.exists():
+        contestants["mxnet"] = mxnet_loop(folder, args.threads)
+    else:
+        print(f"warning: {MXNET_PYTHON} is missing, mxnet is left out; run 'make .venv-mxnet'", file=sys.stderr)
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for contestant in contestants.values():  # warm up: files, imports, pools
+        contestant(0)
+    for turn in range(args.runs):
+        for name, contestant in contestants.items():
+            rates[name].append(contestant(turn + 1))
+        print(
+            f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:.0f}/s" for name, found in rates.items()), flush=True
+        )
+    fetch = "reader/fetch_decode"
+    return [
+        case(fetch, "vs_decode_limit", rates["ours"], rates["decode"], "simplejpeg, bytes in memory"),
+        case(fetch, "vs_mxnet", rates["ours"], rates.get("mxnet"), "mxnet 1.9.1 read_idx + imdecode"),
+        case(fetch, "vs_dataloader", rates["ours"], rates["dataloader"], "paddle.io.DataLoader, 2 workers, uint8"),
+        case("reader/float32", "vs_dataloader", rates["ours_float"], rates["dataloader_float"], "the same, float32"),
+        case("reader/float32", "vs_decode_limit", rates["ours_float"], rates["decode"], "simplejpeg, bytes in memory"),
+        case(
+            "reader/process", "vs_decode_limit", rates["ours_process"], rates["decode"], "simplejpeg, bytes in memory"
+        ),
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=8192, help="records in the file (default: 8192)")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--runs", type=int, default=5, help="rounds (default: 5)")
+    parser.add_argument("--index-lines", type=int, default=5_900_000, help="lines of the large index; 0 leaves it out")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    args = parser.parse_args(argv)
+    import paddle
+
+    with tempfile.TemporaryDirectory() as folder:
+        cases = measure(Path(folder), args)
+        if args.index_lines:
+            cases += open_index(Path(folder), args.index_lines)
+    for found in cases:
+        ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f} {found['spread']}"
+        line = f"{found['name']:28s} {found['metric']:16s} ours {found['ours']} peer {found['peer']} ratio {ratio}"
+        print(f"{line} ({found['peer_name']})")
+    if args.json:
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+        }
+        versions = {"python": platform.python_version(), "paddle": paddle.__version__, "numpy": np.__version__}
+        args.json.write_text(json.dumps({"machine": machine, "versions": versions, "cases": cases}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
