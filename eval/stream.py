@@ -49,7 +49,7 @@ def embed_to_file(
         The file's rows, memory-mapped, read-only.
 
     Raises:
-        UserError: on every rank, if one of them fails.
+        UserError: on every rank, if one of them fails; chunks that are finished are kept for the next run.
     """
     if flip not in ("none", "add"):
         raise ValueError(f"flip {flip!r}: choose none or add")
@@ -78,7 +78,12 @@ def embed_to_file(
                 advance(len(batch) * world_size)
     except Exception as error:  # whatever it is, the other ranks wait for this one
         failure = error
-    distributed.raise_together(failure)
+    try:
+        distributed.raise_together(failure)
+    except Exception:
+        if rank == 0 and work.num_finished() == 0:
+            work.discard()  # nothing to resume
+        raise
     _together(work.finish if rank == 0 else None)
     return np.load(output, mmap_mode="r")
 
@@ -148,6 +153,11 @@ class _Partial:
         with open(self.done, "r+b") as file:
             file.seek(len(self.head) + index)
             file.write(b"\1")
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self.part.unlink(missing_ok=True)
+        self.done.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Give the whole file its name."""

@@ -7,7 +7,8 @@
 Prints the cosine similarity, the threshold, and the threshold's false-accept rate: how often two different people of
 the calibration set score above it. The threshold is the lowest whose rate does not exceed ``--far``, measured on a .bin
 set: ``--calibrate``, else the verification sets of the run's own configuration. The measurement is kept in
-``threshold.json`` beside the weights and used again for the same weights and rate. ``--threshold`` sets it by hand.
+``threshold.json`` beside the weights and used again for the same weights and rate. ``--threshold`` sets it by hand;
+its rate is measured on the same sets, if there are any.
 Exit status: 0, whichever the answer.
 """
 
@@ -40,10 +41,10 @@ def unit_embedding(embedder: Embedder, images_NHWC: np.ndarray) -> np.ndarray:
     return embedding_ND / norm_N1
 
 
-def measure_threshold(embedder: Embedder, sets: list[Path], far: float) -> dict:
+def measure_threshold(embedder: Embedder, sets: list[Path], far: float, threshold: float | None = None) -> dict:
     """The lowest cosine threshold whose false-accept rate on the sets' different pairs does not exceed ``far``.
 
-    "Same" means strictly above. With fewer than 1 / far different pairs it is their highest score, and the rate is 0 of
+    "Same" means strictly above. A ``threshold`` that is given is only measured. With fewer than 1 / far different pairs it is their highest score, and the rate is 0 of
     so many.
 
     Returns:
@@ -63,7 +64,8 @@ def measure_threshold(embedder: Embedder, sets: list[Path], far: float) -> dict:
     same, different = np.concatenate(same_scores), np.sort(np.concatenate(different_scores))[::-1]
     if not len(different):
         raise UserError(f"{sets[0]}: no pairs of different people, so no false-accept rate can be measured")
-    threshold = float(different[min(int(far * len(different)), len(different) - 1)])
+    if threshold is None:
+        threshold = float(different[min(int(far * len(different)), len(different) - 1)])
     return {
         "threshold": threshold,
         "far": float(np.mean(different > threshold)),
@@ -76,10 +78,9 @@ def measure_threshold(embedder: Embedder, sets: list[Path], far: float) -> dict:
     }
 
 
-def find_threshold(embedder: Embedder, model: Path, calibrate: list[Path], far: float) -> dict | None:
+def find_threshold(embedder: Embedder, model: Path, sets: list[Path], far: float) -> dict | None:
     """The kept measurement for these weights and this rate, a new one, or None if there is no set to measure on."""
     kept = (model if model.is_dir() else model.parent) / "threshold.json"
-    sets = calibrate or run_sets(model)
     if kept.is_file():
         try:
             found = json.loads(kept.read_text(encoding="utf-8"))
@@ -166,11 +167,16 @@ def main(argv: list[str] | None = None) -> None:
     crops = AlignedFaces(faces, embedder.input_size, rotate=args.detector is not None, resize=args.resize)
     embedding_2D = unit_embedding(embedder, np.stack([crops[0], crops[1]]))
     similarity = float(embedding_2D[0] @ embedding_2D[1])
-    if args.threshold is not None and not args.calibrate:
+    sets = args.calibrate or run_sets(model)
+    if args.threshold is not None and not sets:
         answer = "same" if similarity > args.threshold else "different"
-        print(f"{answer}: similarity {similarity:.4f}, threshold {args.threshold:.4f} as given (FAR not measured)")
+        print(f"{answer}: similarity {similarity:.4f}, threshold {args.threshold:.4f} as given "
+              "(its FAR is unknown: --calibrate lfw.bin measures it)")  # fmt: skip
         return
-    found = find_threshold(embedder, model, args.calibrate, args.far)
+    if args.threshold is not None:
+        found = measure_threshold(embedder, sets, args.far, args.threshold)
+    else:
+        found = find_threshold(embedder, model, sets, args.far)
     if found is None:
         raise UserError(
             f"similarity {similarity:.4f}, but no threshold is known for {model}: name a .bin set to measure it on "
@@ -178,9 +184,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     answer = "same" if similarity > found["threshold"] else "different"
     bound = f", below {3 / found['different']:.1e} with 95% confidence" if found["far"] == 0 else ""
-    sets = ", ".join(Path(path).name for path in found["sets"])
+    names = ", ".join(Path(path).name for path in found["sets"])
     print(f"{answer}: similarity {similarity:.4f}, threshold {found['threshold']:.4f} (FAR {found['far']:.2e}{bound}: "
-          f"measured on {found['different']} different pairs of {sets})")  # fmt: skip
+          f"measured on {found['different']} different pairs of {names})")  # fmt: skip
 
 
 if __name__ == "__main__":

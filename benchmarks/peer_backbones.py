@@ -1,0 +1,143 @@
+"""PyTorch networks of the shape that public checkpoints have: the peer of benchmarks and the oracle of tests.
+
+Layer names are those of the checkpoints. ``width`` and ``embedding_size`` are free, so that tests stay small.
+"""
+
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    """BN - conv - BN - PReLU - conv(stride) - BN, plus shortcut."""
+
+    def __init__(self, num_in: int, num_out: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(num_in)
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(num_out)
+        self.prelu = nn.PReLU(num_out)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(num_out)
+        self.downsample = None
+        if stride != 1:
+            self.downsample = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
+
+    def forward(self, x):
+        out = self.bn3(self.conv2(self.prelu(self.bn2(self.conv1(self.bn1(x))))))
+        return out + (x if self.downsample is None else self.downsample(x))
+
+
+class IResNet(nn.Module):
+    """[B, 3, 112, 112] -> [B, embedding_size]."""
+
+    def __init__(self, depths: tuple[int, ...], width: int = 64, embedding_size: int = 512):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.prelu = nn.PReLU(width)
+        num_in = width
+        for stage, depth in enumerate(depths):
+            num_out = width * 2**stage
+            blocks = [Block(num_in, num_out, 2), *(Block(num_out, num_out, 1) for _ in range(depth - 1))]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            num_in = num_out
+        self.bn2 = nn.BatchNorm2d(num_in)
+        self.dropout = nn.Dropout(0.0)
+        self.fc = nn.Linear(num_in * 49, embedding_size)
+        self.features = nn.BatchNorm1d(embedding_size)
+        nn.init.constant_(self.features.weight, 1.0)
+
+    def forward(self, x):
+        x = self.prelu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.features(self.fc(self.dropout(torch.flatten(self.bn2(x), 1))))
+
+
+class _ConvBN(nn.Module):
+    def __init__(self, num_in, num_out, kernel=1, stride=1, padding=0, groups=1, activation=True):
+        super().__init__()
+        conv = nn.Conv2d(num_in, num_out, kernel, stride, padding, groups=groups, bias=False)
+        parts = [conv, nn.BatchNorm2d(num_out), *([nn.PReLU(num_out)] if activation else [])]
+        self.layers = nn.Sequential(*parts)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, num_in, num_out, hidden, stride, residual):
+        super().__init__()
+        self.residual = residual
+        self.layers = nn.Sequential(
+            _ConvBN(num_in, hidden),
+            _ConvBN(hidden, hidden, 3, stride, 1, hidden),
+            _ConvBN(hidden, num_out, activation=False),
+        )
+
+    def forward(self, x):
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
+class _Stage(nn.Module):
+    def __init__(self, channels, depth, hidden):
+        super().__init__()
+        self.layers = nn.Sequential(*(_Bottleneck(channels, channels, hidden, 1, True) for _ in range(depth)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class _Embedding(nn.Module):
+    def __init__(self, channels, embedding_size):
+        super().__init__()
+        depthwise = _ConvBN(channels, channels, 7, groups=channels, activation=False)
+        linear = nn.Linear(channels, embedding_size, bias=False)
+        self.layers = nn.Sequential(depthwise, nn.Flatten(), linear, nn.BatchNorm1d(embedding_size))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class MobileFaceNet(nn.Module):
+    """[B, 3, 112, 112] -> [B, embedding_size]; ``depths`` (1, 4, 6, 2) is ``mbf``, (2, 8, 12, 4) ``mbf_large``."""
+
+    def __init__(self, depths=(1, 4, 6, 2), hidden_ratio=1.0, width=128, embedding_size=512):
+        super().__init__()
+        hidden = int(width * hidden_ratio)
+        grouped = _ConvBN(width, width, 3, 1, 1, width // 2)
+        self.layers = nn.ModuleList(
+            [
+                _ConvBN(3, width, 3, 2, 1),
+                grouped if depths[0] == 1 else _Stage(width, depths[0], hidden),
+                _Bottleneck(width, width, hidden, 2, False),
+                _Stage(width, depths[1], hidden),
+                _Bottleneck(width, 2 * width, 2 * hidden, 2, False),
+                _Stage(2 * width, depths[2], 2 * hidden),
+                _Bottleneck(2 * width, 2 * width, 4 * hidden, 2, False),
+                _Stage(2 * width, depths[3], 2 * hidden),
+            ]
+        )
+        self.conv_sep = _ConvBN(2 * width, 4 * hidden)
+        self.features = _Embedding(4 * hidden, embedding_size)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.features(self.conv_sep(x))
+
+
+def randomise(network: nn.Module, seed: int = 0, num_images: int = 8) -> nn.Module:
+    """Weights as after some training: batch norms fed once, scales, shifts and slopes spread out; evaluation mode."""
+    torch.manual_seed(seed)
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d | nn.BatchNorm1d):
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.normal_(part.bias, 0, 0.2)
+            part.momentum = None  # the statistics of what it sees, not a running mean of them and the start
+        if isinstance(part, nn.PReLU):
+            nn.init.uniform_(part.weight, 0.0, 0.5)
+    network.train()
+    with torch.no_grad():
+        network(torch.rand(num_images, 3, 112, 112) * 2 - 1)
+    return network.eval()
