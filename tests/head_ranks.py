@@ -91,7 +91,7 @@ def check_average_is_one_process(me: Rank) -> None:
     head = me.build(w_CD)
     head(paddle.matmul(paddle.to_tensor(me.mine(x_GD)), backbone), paddle.to_tensor(me.mine(label_G))).backward()
     average = distributed.all_reduce_sum(backbone.grad).numpy() / me.world_size
-    assert reference.max_norm(average, x_GD.T @ d_y) < 1e-9
+    assert reference.max_norm(average, x_GD.T @ d_y) < 1e-5
 
 
 def check_accumulation(me: Rank) -> None:
@@ -130,7 +130,7 @@ def check_sampled_training(me: Rank) -> None:
         head.step(0.05)
         v_CD = 0.9 * v_CD + d_w + 0.01 * w_CD
         w_CD = w_CD - 0.05 * v_CD
-    assert reference.max_norm(head.export_weight(), me.rows(w_CD, head)) < 1e-6
+    assert reference.max_norm(head.export_weight(), me.rows(w_CD, head)) < 1e-5
 
 
 def check_nonfinite(me: Rank) -> None:
@@ -159,10 +159,10 @@ def check_rank_without_positives(me: Rank) -> None:
     head = me.build(w_CD, rate=0.0)
     found, grad = me.run(head, x_GD, label_G)
     assert len(head.sampled) == (2 if me.rank == 0 else 0)
-    assert abs(found / loss - 1) < 1e-9
-    assert reference.max_norm(grad, me.world_size * me.mine(d_x)) < 1e-9
+    assert abs(found / loss - 1) < 1e-6
+    assert reference.max_norm(grad, me.world_size * me.mine(d_x)) < 1e-5
     head.step(1.0)
-    assert np.abs(me.rows(w_CD - d_w, head) - head.weight.numpy()).max() < 1e-9 * np.abs(d_w).max()
+    assert np.abs(me.rows(w_CD - d_w, head) - head.weight.numpy()).max() < 1e-5 * np.abs(d_w).max()
 
 
 def check_bad_label(me: Rank) -> None:

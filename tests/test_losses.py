@@ -10,6 +10,8 @@ from losses import MARGINS, AdaFace, CombinedMargin, MagFace, SphereFace, build_
 
 pytestmark = pytest.mark.oldest
 
+# Paddle 2.6 rounds Python numbers to float32 even beside float64 tensors.
+TIGHT = 1e-12 if int(paddle.__version__.split(".")[0]) >= 3 else 1e-6
 COS = np.array([-0.97, -0.8, -0.3, 0.0, 0.02, 0.4, 0.77, 0.9, 0.97])
 NORM = np.array([5.0, 12.0, 20.0, 23.0, 30.0, 47.0, 60.0, 100.0, 130.0])
 
@@ -56,7 +58,7 @@ def values(margin, cos, norm):
 def test_logit_is_the_papers(case):
     """Trap 10: (1.0, 0.3, 0.2) is the true combination, neither of its margins is dropped."""
     logit, _, _ = values(margin_of(case, s=64.0), COS, NORM)
-    np.testing.assert_allclose(logit, 64 * CASES[case][1](COS, NORM), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(logit, 64 * CASES[case][1](COS, NORM), rtol=TIGHT, atol=TIGHT)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,10 +100,10 @@ def test_beyond_pi_as_documented():
     """theta + m > pi: cos(theta + m) by default (it rises again), or the line cos - m sin(m)."""
     theta = np.array([np.pi - 0.1, np.pi - 0.49, np.pi - 0.51])
     logit, slope, _ = values(build_margin("arcface", s=1.0), np.cos(theta), np.ones(3))
-    np.testing.assert_allclose(logit, np.cos(theta + 0.5), rtol=1e-9)
+    np.testing.assert_allclose(logit, np.cos(theta + 0.5), rtol=1e3 * TIGHT)
     assert slope[0] < 0 and slope[1] < 0 < slope[2]
     logit, slope, _ = values(build_margin("arcface", s=1.0, beyond_pi="linear"), np.cos(theta), np.ones(3))
-    np.testing.assert_allclose(logit[:2], np.cos(theta[:2]) - 0.5 * np.sin(0.5), rtol=1e-9)
+    np.testing.assert_allclose(logit[:2], np.cos(theta[:2]) - 0.5 * np.sin(0.5), rtol=1e3 * TIGHT)
     np.testing.assert_array_equal(slope[:2], 1.0)
 
 

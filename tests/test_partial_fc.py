@@ -26,6 +26,9 @@ CASES = {
     "focal": (("cosface", {"focal_gamma": 2.0, "s": 8.0}), (reference.cosface, 8.0), {"gamma": 2.0}),
 }
 BACKENDS = ["numpy", "paddle"]
+# Paddle 2.6 rounds Python numbers to float32 even beside float64 tensors.
+OLD = paddle.__version__.startswith("2.")
+LOSS, GRADIENT = (1e-6, 1e-5) if OLD else (1e-10, 1e-9)
 
 
 def data(seed: int = 0, batch: int = BATCH, length: float = 25.0):
@@ -59,17 +62,17 @@ def run(head, x_GD, label_G, factor: float = 1.0, **call):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_definition(case, backend):
-    """Loss to 1e-6, gradients to 1e-5 (here: to 1e-9), a loss above 1, repeated labels. Traps 9, 10."""
+    """Loss to 1e-6 and gradients to 1e-5 at least, a loss above 1, repeated labels. Traps 9, 10."""
     margin, args, options = CASES[case]
     w_CD, x_GD, label_G = data(length=3.0 if case in ("linear", "norm") else 25.0)
     loss, d_w, d_x = reference.dense_gradients(w_CD, x_GD, label_G, *args, **options)
     assert loss > 1
     head = build(margin, w_CD, backend=backend)
     found, grad = run(head, x_GD, label_G)
-    assert found == pytest.approx(loss, rel=1e-10)
-    assert reference.max_norm(grad, d_x) < 1e-9
+    assert found == pytest.approx(loss, rel=LOSS)
+    assert reference.max_norm(grad, d_x) < GRADIENT
     head.step(1.0)
-    assert reference.max_norm(w_CD - head.weight.numpy(), d_w) < 1e-9
+    assert reference.max_norm(w_CD - head.weight.numpy(), d_w) < GRADIENT
 
 
 @pytest.mark.oldest
@@ -79,7 +82,7 @@ def test_float32_rows(backend):
     w_CD, x_GD, label_G = data()
     w_CD = w_CD.astype(np.float32).astype(np.float64)
     loss, d_w, d_x = reference.dense_gradients(w_CD, x_GD, label_G, reference.arcface)
-    for dtype, tight in (("float64", 1e-9), ("float32", 2e-5)):
+    for dtype, tight in (("float64", GRADIENT), ("float32", 2e-5)):
         head = build(w_CD=w_CD.astype(np.float32), dtype="float32", backend=backend)
         assert head.weight.dtype == paddle.float32 and head.weight.shape == [CLASSES, DIM]
         x = paddle.to_tensor(x_GD.astype(dtype), stop_gradient=False)
@@ -155,9 +158,9 @@ def test_training_equals_a_dense_optimiser(backend, update):
         v_CD[rows] = 0.9 * v_CD[rows] + d_w[rows] + 0.01 * w_CD[rows]
         w_CD = w_CD.copy()
         w_CD[rows] -= lr * v_CD[rows]
-        assert reference.max_norm(head.export_weight(), w_CD) < 1e-9
+        assert reference.max_norm(head.export_weight(), w_CD) < GRADIENT
     assert checked > 30
-    assert reference.max_norm(head.weight.numpy(), w_CD) < 1e-9
+    assert reference.max_norm(head.weight.numpy(), w_CD) < GRADIENT
 
 
 @pytest.mark.oldest
@@ -278,7 +281,7 @@ def test_caller_keeps_its_tensors():
     x, label = paddle.to_tensor(x_GD[:1], stop_gradient=False), paddle.to_tensor(label_G[:1, None])
     loss = build(w_CD=w_CD)(x, label)
     assert label.shape == [1, 1] and x.shape == [1, DIM] and x.dtype == paddle.float64
-    assert loss.item() == pytest.approx(reference.dense_loss(w_CD, x_GD[:1], label_G[:1], reference.arcface), rel=1e-10)
+    assert loss.item() == pytest.approx(reference.dense_loss(w_CD, x_GD[:1], label_G[:1], reference.arcface), rel=LOSS)
     half = paddle.to_tensor(x_GD.astype(np.float16), stop_gradient=False)
     loss = build(w_CD=w_CD.astype(np.float32), dtype="float32")(half, paddle.to_tensor(label_G.astype(np.int32)))
     loss.backward()
@@ -294,7 +297,7 @@ def test_frozen_embedding_still_trains_the_head():
     head = build(w_CD=w_CD)
     head(paddle.to_tensor(x_GD), paddle.to_tensor(label_G)).backward()
     head.step(1.0)
-    assert reference.max_norm(w_CD - head.weight.numpy(), d_w) < 1e-9
+    assert reference.max_norm(w_CD - head.weight.numpy(), d_w) < GRADIENT
 
 
 @pytest.mark.oldest
@@ -305,7 +308,7 @@ def test_sampling_of_the_head():
     loss, _ = run(positives, x_GD, label_G)
     np.testing.assert_array_equal(positives.sampled, np.unique(label_G))
     expected = reference.dense_loss(w_CD, x_GD, label_G, reference.arcface, classes=label_G)
-    assert loss == pytest.approx(expected, rel=1e-10)
+    assert loss == pytest.approx(expected, rel=LOSS)
     head = build(w_CD=w_CD, sample_rate=0.5, seed=9)
     run(head, x_GD, label_G)
     first = head.sampled
