@@ -3,8 +3,8 @@
     python benchmarks/embed.py [--json FILE] [--networks iresnet18 iresnet50] [--batch 16] [--runs 5] [--threads 2]
 
 From uint8 112x112 images to embeddings on the host, the same weights on every side, the same number of threads. Each
-side is a process of its own; they take turns, one batch each, so that a slow minute of the machine hits all of them. The
-embeddings are compared: a side that computes something else is an error. The bar: ``dynamic`` 2.5, ``pytorch`` 1.0.
+side is a process of its own; they take turns, one batch each, so that a slow minute of the machine hits all of them.
+The embeddings are compared: a side that computes something else is an error. Bar: ``dynamic`` 2.5, ``pytorch`` 1.0.
 """
 
 import argparse
@@ -20,8 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 

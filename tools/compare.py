@@ -44,8 +44,8 @@ def unit_embedding(embedder: Embedder, images_NHWC: np.ndarray) -> np.ndarray:
 def measure_threshold(embedder: Embedder, sets: list[Path], far: float, threshold: float | None = None) -> dict:
     """The lowest cosine threshold whose false-accept rate on the sets' different pairs does not exceed ``far``.
 
-    "Same" means strictly above. A ``threshold`` that is given is only measured. With fewer than 1 / far different pairs it is their highest score, and the rate is 0 of
-    so many.
+    "Same" means strictly above. With fewer than 1 / far different pairs it is their highest score, and the rate is 0
+    of so many. A ``threshold`` that is given is only measured.
 
     Returns:
         ``threshold``, ``far`` (measured), ``tar`` (of the same pairs), ``different`` and ``same`` (pairs), ``sets``,
