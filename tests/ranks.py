@@ -54,7 +54,9 @@ def run_ranks(
         if num_ranks > 1:
             outputs = [log.read_text() for log in sorted(log_dir.glob("workerlog.*"), key=lambda p: int(p.suffix[1:]))]
         if check and done.returncode != 0:
-            raise AssertionError(f"exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}{_logs(log_dir)}")
+            raise AssertionError(
+                f"exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}{_logs(log_dir)}"
+            )
         return outputs if check else [*outputs, str(done.returncode)]
 
 

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("mxnet_reader", "config", "backbones", "losses", "partial_fc", "dataset", "eval", "utils", "train", "tools", "benchmarks")
+ROOMS = (
+    "mxnet_reader",
+    "config",
+    "backbones",
+    "losses",
+    "partial_fc",
+    "dataset",
+    "eval",
+    "utils",
+    "train",
+    "tools",
+    "benchmarks",
+)
 EVERYTHING = set(ROOMS)
 ALLOWED = {
     "mxnet_reader": set(),
@@ -47,7 +59,9 @@ def test_import_table(room):
     assert files and all(path.exists() for path in files), f"{room} is missing"
     for path in files:
         forbidden = imported_rooms(ast.parse(path.read_text())) - ALLOWED[room] - {room}
-        assert not forbidden, f"{path.relative_to(ROOT)} imports {sorted(forbidden)}; the table allows {sorted(ALLOWED[room])}"
+        assert not forbidden, (
+            f"{path.relative_to(ROOT)} imports {sorted(forbidden)}; the table allows {sorted(ALLOWED[room])}"
+        )
 
 
 def test_the_walk_sees_an_import_inside_a_function():
@@ -85,7 +99,8 @@ def test_importing_does_nothing(tmp_path):
     for path in (path for room in ROOMS if room != "benchmarks" for path in source_files(room)):
         parts = path.relative_to(ROOT).with_suffix("").parts
         modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+    code = f"import importlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    code += f"for name in {modules!r}: importlib.import_module(name)\n"
     command = [sys.executable, "-B", "-W", "ignore", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

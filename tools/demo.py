@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cv2
 import numpy as np
@@ -32,6 +31,7 @@ from tools.demo_compare import Comparison, Embed, compare
 from tools.demo_data import NUM_PEOPLE, Faces, load_faces, parse_people
 from utils.errors import UserError, one_line_errors
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/orl_demo.yaml"
 
 
@@ -41,7 +41,9 @@ def run_stage(title: str, command: list[str], threads: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False)
     if done.returncode != 0:
-        raise UserError(f"{title}: `{shlex.join(command)}` ended with exit status {done.returncode}; see its output above")
+        raise UserError(
+            f"{title}: `{shlex.join(command)}` ended with exit status {done.returncode}; see its output above"
+        )
 
 
 @contextmanager
@@ -108,7 +110,13 @@ def run_demo(unseen_text: str, seed: int, output: Path, cache: Path, overrides: 
         run_stage("prepare real faces", ["tools/demo_data.py", *options], threads=2)
     with timed(seconds, "train"):
         launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(output / "log")]
-        settings = [f"data.root={data}", f"run.output={run_dir}", f"run.seed={seed}", "checkpoint.resume=never", *overrides]
+        settings = [
+            f"data.root={data}",
+            f"run.output={run_dir}",
+            f"run.seed={seed}",
+            "checkpoint.resume=never",
+            *overrides,
+        ]
         run_stage("train on two ranks", [*launch, "train.py", CONFIG, *settings], threads=1)
     with timed(seconds, "verification"):
         options = ["--model", str(run_dir), "--data-dir", str(data), "--target", "orl,orl_hard"]

