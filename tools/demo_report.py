@@ -121,8 +121,8 @@ table{{border-collapse:collapse}}td,th{{border:1px solid #ccc;padding:.3rem .7re
 td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}</style>
 <h1>Faces of people the network has never seen</h1>
 <p>Trained on {results["num_train_people"]} people of the ORL data set, judged on the other
-{results["num_unseen_people"]} (people {html.escape(results["unseen"])}); seed {results["seed"]}. Balanced accuracy is the
-mean of true-accept and true-reject rate at the best threshold over all {results["num_pairs"]:,} pairs. The last
+{results["num_unseen_people"]} (people {html.escape(results["unseen"])}); seed {results["seed"]}. Balanced accuracy is
+the mean of true-accept and true-reject rate at the best threshold over all {results["num_pairs"]:,} pairs. The last
 checkpoint is reported; the unseen people selected nothing. Landmarks, detector scores and templates of the IJB-shaped
 set are synthetic; its faces are real.</p>
 <table><tr><th>method</th><th>balanced accuracy</th>{heads}</tr>{rows}</table>{images}
