@@ -8,12 +8,14 @@ best. Equal scores rank in gallery order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-_SCORES_PER_BLOCK = 1 << 21
+_SCORES_PER_BLOCK = 1 << 22
+_NUM_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -94,21 +96,29 @@ def search(
     impostors = _Highest(num_impostors)
     height = max(1, _SCORES_PER_BLOCK // len(gallery_GD))
     dense = np.empty((min(height, num_probes), len(gallery_GD)))
-    for start in range(0, num_probes, height):
-        part = slice(start, start + height)
-        rows = probe_QD[part]
-        scores = np.matmul(rows, gallery_GD.T, out=dense[: len(rows)])
+
+    def judge(scores: np.ndarray, start: int, limit: float) -> np.ndarray:
+        """Fill in the probes from ``start`` on; returns the impostor scores above ``limit``."""
         if len(starts_S) != len(gallery_GD):
             scores = np.maximum.reduceat(scores, starts_S, axis=1)
+        part = slice(start, start + len(scores))
         best_score_Q[part] = scores.max(1)
         mated = np.flatnonzero(mate_Q[part] >= 0)
         column = mate_Q[part][mated]
         mate = scores[mated, column]
         mate_score_Q[start + mated] = mate
-        mate_rank_Q[start + mated] = _ranks(scores if len(mated) == len(rows) else scores[mated], mate, column)
-        if num_impostors:
-            scores[mated, column] = -np.inf
-            impostors.add(scores)
+        scores[mated, column] = -np.inf
+        others = scores if len(mated) == len(scores) else scores[mated]
+        mate_rank_Q[start + mated] = _ranks(others, mate, column)
+        return scores[scores > limit] if num_impostors else np.empty(0)
+
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        for start in range(0, num_probes, height):
+            rows = probe_QD[start : start + height]
+            scores = np.matmul(rows, gallery_GD.T, out=dense[: len(rows)])
+            parts = np.array_split(scores, _NUM_THREADS)
+            firsts = start + np.cumsum([0, *(len(part) for part in parts[:-1])])
+            impostors.add(threads.map(judge, parts, firsts, [impostors.limit] * _NUM_THREADS))
     return Search(mate_score_Q, mate_rank_Q, best_score_Q, len(subject_S), impostors.sorted())
 
 
@@ -202,14 +212,14 @@ def _columns(subject_S, probe_subject_Q):
     return np.where(subject_S[order][place] == probe_subject_Q, order[place], -1)
 
 
-def _ranks(scores_QS, mate_Q, column_Q):
-    """1-based rank of each row's mate: better scores, and equal ones that come first in the gallery."""
-    rank_Q = np.count_nonzero(scores_QS >= mate_Q[:, None], axis=1)
-    # Usually nothing but the mate itself equals the mate; only the other rows need the order of the gallery.
-    tied = np.flatnonzero(np.count_nonzero(scores_QS == mate_Q[:, None], axis=1) > 1)
-    for row in tied:
-        after = scores_QS[row, column_Q[row] + 1 :]
-        rank_Q[row] -= np.count_nonzero(after == mate_Q[row])
+def _ranks(others_QS, mate_Q, column_Q):
+    """1-based rank of each row's mate (left out of the scores): after better scores and equal ones before it."""
+    rank_Q = 1 + np.count_nonzero(others_QS >= mate_Q[:, None], axis=1)
+    behind = np.flatnonzero(rank_Q > 1)
+    equal = others_QS[behind] == mate_Q[behind, None]
+    # Usually nothing equals the mate; only the rows where something does need the order of the gallery.
+    for row in np.flatnonzero(equal.any(1)):
+        rank_Q[behind[row]] -= np.count_nonzero(equal[row, column_Q[behind[row]] + 1 :])
     return rank_Q
 
 
@@ -221,8 +231,8 @@ class _Highest:
         self.values = np.empty(0)
         self.limit = -np.inf
 
-    def add(self, scores: np.ndarray) -> None:
-        self.values = np.concatenate([self.values, scores[scores > self.limit]])
+    def add(self, parts: Iterable[np.ndarray]) -> None:
+        self.values = np.concatenate([self.values, *parts])
         if len(self.values) > self.count:
             self.values = np.partition(self.values, len(self.values) - self.count)[-self.count :]
             self.limit = self.values.min()

@@ -29,7 +29,7 @@ KINDS = ("verification", "ijb", "megaface")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .6rem;text-align:right}
-td:first-child,th:first-child{text-align:left}th{background:#f3f3f3}tr.best td.best{font-weight:bold}
+td:first-child,th:first-child{text-align:left}th{background:#f3f3f3}
 figure{display:inline-block;margin:.5rem;vertical-align:top}figcaption{font-size:.85rem;color:#555}
 img{max-width:100%}pre{background:#f6f6f6;padding:.8rem;overflow:auto}h2{border-bottom:1px solid #ddd;margin-top:2.5rem}
 """
@@ -103,7 +103,7 @@ def write_report(path: Path, folders: Sequence[Path]) -> None:
                 parts.append(f"<h3>{html.escape(title)}</h3>{_table(head, rows)}")
             parts += _roc_figures(chosen)
     for result in results:
-        heading = f"{result.label}: {titles[result.content['kind']].lower()}"
+        heading = f"{result.label}: {titles[result.content['kind']]}"
         parts.append(f"<h2>{html.escape(heading)}</h2>")
         for picture in result.content.get("pictures", []):
             file = result.folder / picture["file"]
