@@ -127,7 +127,8 @@ def read_index(path: str | os.PathLike) -> tuple[RecordIndex, bool]:
         whole = file.read(1) == b"\n"
     table = _read_plain(path)
     if table is None:
-        table, whole = _read_lines(path)
+        table, uncut = _read_lines(path)
+        whole = whole and uncut
     return RecordIndex(table[:, 0], table[:, 1], path), whole
 
 
