@@ -6,8 +6,8 @@
 A small network is trained by two real ranks under Paddle's launcher. One undisturbed run is the reference. Then the run
 is started again and again with ``checkpoint.resume=auto`` (the plain shell loop of docs/restarting.md); each start ends
 by SIGKILL of a random rank, or of all of them, at a random moment; every third kill waits for a checkpoint being
-written. Whenever the run reaches its end, its last checkpoint must hold the reference's bytes, and no start may fall back
-behind the newest checkpoint that was complete at the kill. If kills are left the run is begun anew.
+written. Whenever the run reaches its end, its last checkpoint must hold the reference's bytes, and no start may fall
+back behind the newest checkpoint that was complete at the kill. If kills are left the run is begun anew.
 """
 
 import argparse
@@ -155,9 +155,8 @@ def soak(folder: Path, kills: int, seed: int, steps: int = 60, num_ranks: int = 
         if newest_step(output) < saved:
             raise UserError(f"start {starts}: update {saved} was saved, now the newest is {newest_step(output)}")
         if killed:
-            tell(
-                f"kill {done}/{kills}: newest checkpoint {newest_step(output)} of {steps}, {time.monotonic() - began:.0f} s"
-            )
+            spent = time.monotonic() - began
+            tell(f"kill {done}/{kills}: newest checkpoint {newest_step(output)} of {steps}, {spent:.0f} s")
         elif status != 0:
             raise UserError(f"start {starts} failed without a kill (status {status})\n{training.tail()}")
         if newest_step(output) == steps and not killed:
