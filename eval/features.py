@@ -8,6 +8,7 @@ file is called ``F.npy.part``.
 import hashlib
 import json
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ def protocol_features(
     path: Path | None = None,
     batch_size: int = 64,
     num_threads: int | None = None,
+    replace: bool = False,
 ) -> np.ndarray:
     """Features of every image of the protocol, [N, 2, D] float32, from ``path`` as far as they are there.
 
@@ -53,6 +55,7 @@ def protocol_features(
         model: digest of the weights; None accepts those the file was made with.
         path: the cache; None keeps the features in memory.
         num_threads: threads that read and align; None: one a core.
+        replace: a cache of other images or weights is made anew (said on stderr) instead of being an error.
 
     Raises:
         UserError: the cache is of other images or weights, an image cannot be read, an embedding is not finite.
@@ -70,7 +73,15 @@ def protocol_features(
     wanted = {"images": _images_digest(protocol), "num_images": len(protocol.image_N), "model": model}
     record = _read_record(record_path)
     if record is not None and (path.is_file() or part.is_file()):
-        _check_record(path, record, wanted)
+        try:
+            _check_record(path, record, wanted)
+        except UserError as error:
+            if not replace:
+                raise
+            print(f"made anew: {error}", file=sys.stderr)
+            record = None
+            for old in (path, part):
+                old.unlink(missing_ok=True)
     if path.is_file():
         return _open_complete(path, len(protocol.image_N))
     if load is None:

@@ -6,6 +6,8 @@
 Aligns every crop by its five landmarks, embeds it and its mirror image, pools templates, scores the pairs and prints
 TAR@FAR in the published layout (the curve point nearest in FAR), then the strict table with the FAR actually used; 1:N
 where gallery and probe lists are there. ``scores.npy``, ``ijb.json``, ``ijb.csv`` and ROC pictures go to --result-dir.
+Embeddings are kept there too (``features.npy``) or where --features says: an interrupted run goes on, a later one with
+other switches embeds nothing. A cache of other weights is made anew, but one named by --features is an error.
 
 The switches, by their letters (the published default is N1D1F1; trap: two public scripts give ``use_norm_score``
 opposite meanings, so here the word only ever means "keep"):
@@ -268,7 +270,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-path", type=Path, help="folder with meta/ and loose_crop/")
     parser.add_argument("--target", default="IJBC", help="IJBC, IJBB, or the prefix of another set of that layout")
     parser.add_argument("--protocol", type=Path, help="folder with images.csv and pairs.csv (instead of --image-path)")
-    parser.add_argument("--features", type=Path, help=".npy file that keeps the embeddings; resumed and reused")
+    parser.add_argument("--features", type=Path, help="cache of embeddings (default: in --result-dir)")
     for letter, name in (("N", "norm-score"), ("D", "detector-score"), ("F", "flip-test")):
         parser.add_argument(
             f"--use-{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{letter}1 or {letter}0"
@@ -313,8 +315,16 @@ def main(argv: list[str] | None = None) -> None:
     def load():
         return load_embedder(args.model, args.network, args.engine, args.batch_size, which=args.which)
 
+    source = args.model or args.features
+    folder = args.result_dir or default_result_dir(source, f"ijb/{protocol.name}")
     feature_N2D = protocol_features(
-        protocol, None if args.model is None else load, digest, args.features, args.batch_size, args.num_threads
+        protocol,
+        None if args.model is None else load,
+        digest,
+        args.features or folder / "features.npy",
+        args.batch_size,
+        args.num_threads,
+        replace=args.features is None,
     )
     chosen = Setting(args.use_norm_score, args.use_detector_score, args.use_flip_test)
     result = evaluate_templates(protocol, feature_N2D, chosen)
@@ -326,8 +336,6 @@ def main(argv: list[str] | None = None) -> None:
     identification = identify(protocol, result.template_T, result.feature_TD) if args.identification else []
     if identification:
         _print_table(*identification_table(identification))
-    source = args.model or args.features
-    folder = args.result_dir or default_result_dir(source, f"ijb/{protocol.name}")
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"setting": str(chosen), "compare": [str(path) for path in args.compare], "paddle": paddle.__version__}
     settings["label"] = args.label or Path(source).name

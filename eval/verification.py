@@ -1,7 +1,7 @@
 """Face verification on LFW-style sets.
 
     python eval/verification.py --model work_dirs/run --data-dir faces --target lfw,cfp_fp,agedb_30 --report report.html
-    python eval/verification.py --model backbone.pdparams --network iresnet50 --image-dir lfw --pairs pairs.txt
+    python eval/verification.py --model backbone.pdparams --network iresnet50 --data-dir lfw --pairs pairs.txt
 
 Accuracy without and with flip (ten folds), VAL@FAR, XNorm, AUC, EER and the best threshold of each set, as a table,
 JSON and CSV, with ROC curve, score histogram and the most confident errors as pictures.
@@ -292,7 +292,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--target", help=f"comma-separated sets (default: those of {','.join(KNOWN_SETS)} that are there)"
     )
     parser.add_argument("--allow-missing", action="store_true", help="go on without targets that are not there")
-    parser.add_argument("--image-dir", type=Path, help="LFW from a folder of images; needs --pairs")
+    parser.add_argument("--image-dir", type=Path, help="images of --pairs, where not in --data-dir")
     parser.add_argument("--pairs", type=Path, help="pair list: LFW's pairs.txt or 'path path label' lines")
     parser.add_argument("--threshold", type=float, help="also judge at this fixed squared-L2 threshold (2 - 2 cos)")
     parser.add_argument("--num-folds", type=int, default=10)
@@ -310,10 +310,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--compare", type=Path, nargs="*", default=[], help="result folders of other runs to set beside it"
     )
     args = parser.parse_args(argv)
-    if (args.image_dir is None) != (args.pairs is None):
+    if args.image_dir is not None and args.pairs is None:
         raise UserError("--image-dir and --pairs belong together: a folder of images and the list of its pairs")
-    if args.data_dir is None and args.pairs is None:
-        raise UserError("nothing to judge: give --data-dir (with .bin sets) or --image-dir and --pairs")
+    if args.data_dir is None and (args.pairs is None or args.image_dir is None):
+        raise UserError("nothing to judge: give --data-dir (with .bin sets), or a folder of images and --pairs")
     if args.batch_size < 1 or args.num_folds < 2 or not 0 < args.far < 1:
         raise UserError(
             f"--batch-size {args.batch_size}, --num-folds {args.num_folds}, --far {args.far}: >= 1, >= 2, in (0, 1)"
@@ -329,11 +329,11 @@ def main(argv: list[str] | None = None) -> None:
     sets, embedder, failure = {}, None, None
     try:
         embedder = load_embedder(args.model, args.network, args.engine, args.batch_size)
-        if args.data_dir is not None:
+        if args.data_dir is not None and (args.pairs is None or args.target or args.image_dir is not None):
             targets = [name for name in args.target.split(",") if name] if args.target else None
             sets |= load_sets(args.data_dir, targets, args.allow_missing, embedder.input_size)
         if args.pairs is not None:
-            sets[args.pairs.stem] = read_pair_list(args.pairs, args.image_dir, embedder.input_size)
+            sets[args.pairs.stem] = read_pair_list(args.pairs, args.image_dir or args.data_dir, embedder.input_size)
     except Exception as error:
         failure = error
     distributed.raise_together(failure)

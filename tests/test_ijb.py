@@ -159,9 +159,23 @@ def test_features_are_kept_and_used_again(mini, embedder, capsys):
     assert "other images" in capsys.readouterr().err
 
 
+def test_without_a_name_the_cache_lies_with_the_results_and_follows_the_weights(mini, embedder, capsys):
+    folder, arguments, _ = mini
+    main(arguments)
+    first, calls = np.load(folder / "out" / "scores.npy"), embedder.calls
+    main([*arguments, "--no-use-flip-test"])
+    assert embedder.calls == calls
+    (folder / "model").write_bytes(b"other weights")
+    embedder.matrix[:] = np.random.default_rng(9).normal(size=embedder.matrix.shape)
+    main(arguments)
+    assert "made anew" in capsys.readouterr().err
+    assert embedder.calls == 2 * calls
+    assert not np.array_equal(first, np.load(folder / "out" / "scores.npy"))
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(mini, embedder, capsys):
     folder, arguments, _ = mini
-    main([*arguments, "--batch-size", "5"])
+    main([*arguments, "--batch-size", "5", "--features", str(folder / "whole.npy")])
     wanted = np.load(folder / "out" / "scores.npy")
     embedder.calls, embedder.fail_after = 0, 7  # three batches of five, two passes each, then Ctrl-C
     cache = folder / "f.npy"
@@ -180,7 +194,9 @@ def test_batch_size_does_not_matter(mini, embedder):
     folder, arguments, _ = mini
     scores = []
     for batch_size in ("1", "7", "64"):
-        main([*arguments, "--batch-size", batch_size, "--num-threads", "1"])
+        main(
+            [*arguments, "--batch-size", batch_size, "--num-threads", "1", "--features", str(folder / f"f{batch_size}")]
+        )
         scores.append(np.load(folder / "out" / "scores.npy"))
     np.testing.assert_array_equal(scores[0], scores[1])
     np.testing.assert_array_equal(scores[0], scores[2])
@@ -254,6 +270,7 @@ def test_missing_and_broken_images_and_embeddings_are_one_line(mini, embedder, c
     crop.write_bytes(data)
     embedder.matrix[0, 0] = np.nan
     assert "its embedding holds NaN" in fails()
+    assert not (folder / "out" / "scores.npy").exists()
 
 
 def test_cached_features_that_hold_nan_name_the_template(mini, embedder, capsys):

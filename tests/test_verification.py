@@ -191,12 +191,25 @@ def test_lfw_from_a_folder_and_either_kind_of_pair_list(tmp_path, embedder):
     np.testing.assert_array_equal(again, wanted)
     np.testing.assert_array_equal(same_again, same)
     out = tmp_path / "out"
-    main(["--model", "m", "--image-dir", str(tmp_path / "lfw"), "--pairs", str(listed), "--threshold", "0.9",
+    main(["--model", "m", "--data-dir", str(tmp_path / "lfw"), "--pairs", str(listed), "--threshold", "0.9",
           "--num-folds", "2", "--result-dir", str(out)])  # fmt: skip
     row = json.loads((out / "verification.json").read_text())["sets"]["lfw_test_pair"]
     distance = verify(embedder, {"x": (wanted, same)}, num_folds=2)["x"].distance_P
     assert row["fixed_accuracy"] == np.mean((distance < 0.9) == same)
     assert row["pairs"] == 4
+    write_set(tmp_path / "sets", "calfw")
+    both = [
+        "--model",
+        "m",
+        "--data-dir",
+        str(tmp_path / "sets"),
+        "--image-dir",
+        str(tmp_path / "lfw"),
+        "--pairs",
+        str(pairs),
+    ]
+    main([*both, "--num-folds", "2", "--result-dir", str(out)])
+    assert list(json.loads((out / "verification.json").read_text())["sets"]) == ["calfw", "pairs"]
 
 
 @pytest.mark.parametrize(
