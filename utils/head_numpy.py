@@ -4,14 +4,13 @@ The same passes as ``utils/head_paddle.py``, where each method, equation and let
 equal. It works in place in the memory of the Paddle tensors; numpy releases the GIL in products and passes.
 """
 
-import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import paddle
 import threadpoolctl
 
-from utils.head_rows import NO_MAX, Forward, Record, RowBank, inverse_norm, view
+from utils.head_rows import NO_MAX, Forward, Record, RowBank, inverse_norm, split_chunks, view
 
 
 class NumpyKernel:
@@ -24,27 +23,26 @@ class NumpyKernel:
 
     def _run(self, work, num_rows: int) -> list:
         """work([(chunk index, start, stop), ...]) on a contiguous share of the chunks for each thread, in order."""
-        starts = range(0, num_rows, self.chunk_rows)
-        chunks = [(k, start, min(start + self.chunk_rows, num_rows)) for k, start in enumerate(starts)]
-        cuts = [len(chunks) * i // self.num_threads for i in range(self.num_threads + 1)]
-        shares = [chunks[a:b] for a, b in itertools.pairwise(cuts) if b > a]
-        quietly = np.errstate(all="ignore")(work)  # overflow is judged by found_nonfinite
-        with self._blas.limit(limits=1):
-            return list(self._pool.map(quietly, shares or [[]]))
+        shares = split_chunks(num_rows, self.chunk_rows, self.num_threads)
+        with self._blas.limit(limits=1):  # overflow is for found_nonfinite to judge
+            return list(self._pool.map(np.errstate(all="ignore")(work), shares))
 
     def _rows(self, bank: RowBank, ids_S, start: int, stop: int, dtype, with_slots: bool):
         """(rows, w, slots) of one chunk, caught up; views of the storage if that changes nothing."""
         rows = slice(start, stop) if ids_S is None else ids_S[start:stop]
         missed = bank.missed(rows)
-        tensors = [bank.weight, *bank.slots] if with_slots or missed is not None else [bank.weight]
-        w_RD, *slots = [view(tensor)[rows].astype(dtype, copy=missed is not None) for tensor in tensors]
-        if missed is not None:
+        tensors = [bank.weight, *bank.slots][: None if with_slots or missed is not None else 1]
+        copy = missed is not None and ids_S is None
+        w_RD, *slots = [view(tensor)[rows].astype(dtype, copy=copy) for tensor in tensors]
+        if missed is not None and with_slots:
             w_RD, *slots = bank.optimizer.catch_up(w_RD, *slots, missed.astype(dtype))
-        return rows, w_RD, tuple(slots)
+        elif missed is not None:
+            w_RD = bank.optimizer.catch_up_weight(w_RD, *slots, missed.astype(dtype))
+        return rows, w_RD, slots
 
     def forward(self, bank: RowBank, ids_S, u_GD, margin, row_T, col_T, keep: bool) -> Forward:
         (num_samples, dim), dtype = u_GD.shape, view(u_GD).dtype
-        scaled_DG = np.ascontiguousarray(view(u_GD).T) * dtype.type(margin.scale)
+        scaled_DG = np.ascontiguousarray(view(u_GD).T) * margin.scale
         exp_SG = np.empty([bank.num_rows if ids_S is None else len(ids_S), num_samples], dtype)
         shift_KG = np.empty([-(-len(exp_SG) // self.chunk_rows), num_samples], dtype)
         q_G, inv_G, w_GD = (np.zeros(shape, dtype) for shape in (num_samples, num_samples, [num_samples, dim]))
@@ -59,11 +57,11 @@ class NumpyKernel:
                 z_RG *= inv_R1
                 mine = slice(*np.searchsorted(row_T, [start, stop]))
                 at = row_t, col_t = row_T[mine] - start, col_T[mine]
-                q_G[col_t], inv_G[col_t] = z_RG[at] / dtype.type(margin.scale), inv_R1[row_t, 0]
+                q_G[col_t], inv_G[col_t] = z_RG[at] / margin.scale, inv_R1[row_t, 0]
                 w_GD[col_t] = w_RD[row_t] * inv_R1[row_t]
                 if margin.changes_others:
-                    q_RG, keep_others = margin.others(z_RG / dtype.type(margin.scale))
-                    np.multiply(q_RG, margin.scale, out=z_RG)
+                    z_RG[:], keep_others = margin.others(z_RG / margin.scale)
+                    z_RG *= margin.scale
                 z_RG[at] = -np.inf
                 np.maximum(top_G, z_RG.max(axis=0), out=shift_KG[k])
                 z_RG -= shift_KG[k]
@@ -84,22 +82,22 @@ class NumpyKernel:
         *tensors, inv_G = map(paddle.to_tensor, (top_G, sum_G, pull_GD, q_G, w_GD, inv_G))
         return Forward(*tensors, Record(exp_SG, shift_KG, u_GD, row_T, col_T, inv_G) if keep else None)
 
-    def _pull_on_rows(self, k: int, start: int, stop: int, records: list[Record], total_RD=None):
+    def _pull_on_rows(self, k: int, start: int, stop: int, records: list[Record], dense_SD):
+        total_RD = None if dense_SD is None else dense_SD[start:stop]
         for record in records:
             u_GD, target_G = view(record.u_GD), view(record.inv_G) * view(record.target_G)
             coef_G = np.exp(record.shift[k] - view(record.top_G)) * view(record.coef_G)
             pull_RD = record.exp[start:stop] @ (u_GD * coef_G[:, None])
             mine = slice(*np.searchsorted(record.row_T, [start, stop]))
-            for row, col in zip(record.row_T[mine] - start, record.col_T[mine], strict=True):
-                pull_RD[row] += target_G[col] * u_GD[col]
+            row_t, col_t = record.row_T[mine] - start, record.col_T[mine]
+            np.add.at(pull_RD, row_t, target_G[col_t, None] * u_GD[col_t])
             total_RD = pull_RD if total_RD is None else np.add(total_RD, pull_RD, out=total_RD)
         return total_RD
 
     def fold(self, bank: RowBank, ids_S, records: list[Record], dense_SD):
         if dense_SD is None:
             dense_SD = np.zeros([len(records[0].exp), bank.weight.shape[1]], records[0].exp.dtype)
-        parts = lambda share: [self._pull_on_rows(k, a, b, records, dense_SD[a:b]) for k, a, b in share]  # noqa: E731
-        self._run(parts, len(dense_SD))
+        self._run(lambda share: [self._pull_on_rows(*chunk, records, dense_SD) for chunk in share], len(dense_SD))
         return dense_SD
 
     def apply(self, bank: RowBank, ids_S, records, dense_SD, lr: float, grad_scale: float, project: bool) -> None:
@@ -108,11 +106,10 @@ class NumpyKernel:
         def work(share):
             for k, start, stop in share:
                 rows, w_RD, slots = self._rows(bank, ids_S, start, stop, dtype, with_slots=True)
-                folded_RD = None if dense_SD is None else dense_SD[start:stop]
-                grad_RD = self._pull_on_rows(k, start, stop, records, folded_RD)
+                grad_RD = self._pull_on_rows(k, start, stop, records, dense_SD)
                 if grad_scale != 1:
-                    grad_RD *= dtype.type(grad_scale)
-                along_R1 = np.einsum("rd,rd->r", grad_RD, w_RD)[:, None] * inverse_norm(w_RD) ** 2 * dtype.type(project)
+                    grad_RD *= grad_scale
+                along_R1 = np.einsum("rd,rd->r", grad_RD, w_RD)[:, None] * inverse_norm(w_RD) ** 2 * float(project)
                 count_R = (bank.stamp_N[rows] + 1).astype(dtype)
                 chunks = bank.optimizer.step(w_RD, slots, grad_RD, along_R1, lr, count_R)
                 for stored, chunk_RD in zip(map(view, (bank.weight, *bank.slots)), chunks, strict=True):

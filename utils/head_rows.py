@@ -5,6 +5,7 @@ Legend: N local rows, S rows of the update, G samples of all ranks, D row length
 
 import ctypes
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -133,6 +134,14 @@ class Forward:
     q_G: paddle.Tensor  # similarity of the target, 0 where another rank has it
     w_GD: paddle.Tensor  # w / |w| of the target, likewise
     record: Record | None  # None without gradients
+
+
+def split_chunks(num_rows: int, chunk_rows: int, num_shares: int) -> list[list[tuple[int, int, int]]]:
+    """Contiguous shares of about equal size of all chunks (index, start, stop); at least one share, maybe empty."""
+    starts = range(0, num_rows, chunk_rows)
+    chunks = [(k, start, min(start + chunk_rows, num_rows)) for k, start in enumerate(starts)]
+    cuts = [len(chunks) * i // num_shares for i in range(num_shares + 1)]
+    return [chunks[a:b] for a, b in itertools.pairwise(cuts) if b > a] or [[]]
 
 
 def view(tensor: paddle.Tensor) -> np.ndarray:

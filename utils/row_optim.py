@@ -96,6 +96,14 @@ class RowSGD:
         v_SD += fresh_v_SD
         return w_SD, v_SD
 
+    @staticmethod
+    def catch_up_weight(w_SD, v_SD, missed_S22):
+        """w alone, as ``catch_up`` gives it, for the forward pass; both numpy arrays are overwritten."""
+        w_SD *= missed_S22[:, 0, 0, None]
+        v_SD *= missed_S22[:, 0, 1, None]
+        w_SD += v_SD
+        return w_SD
+
     def step(self, w_SD, slots: tuple, g_SD, along_S1, lr: float, count_S=None):
         """One update of up-to-date rows with the gradient ``g - along * w``; returns (w, v).
 
