@@ -92,7 +92,6 @@ def measure(network: str, batch: int, runs: int, threads: int) -> list[dict]:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
-            "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "ignore",
         }
         children = {}
