@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
 import numpy as np
 
+from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
 
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp")
@@ -185,14 +185,13 @@ def read_pair_list(path: Path, image_dir: Path, size: int) -> tuple[np.ndarray, 
 
 def read_image(path: Path, size: int | None = None) -> np.ndarray:
     """RGB uint8 [H, W, 3], resized to a square where a size is given."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise UserError(f"{path}: {'cannot be decoded' if Path(path).exists() else 'no such file'}; an image is needed")
-    if size is not None and image.shape[:2] != (size, size):
-        image = cv2.resize(
-            image, (size, size), interpolation=cv2.INTER_AREA if min(image.shape[:2]) > size else cv2.INTER_LINEAR
-        )
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; an image is needed")
+    try:
+        image = decode_image(Path(path).read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{path}: cannot be decoded: {error}") from error
+    return image if size is None else fit_image(image, (size, size), "stretch")
 
 
 def _lfw_file(folder: Path, name: str, number: str) -> Path:

@@ -19,7 +19,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cv2
 import numpy as np
 import paddle
 from prettytable import PrettyTable
@@ -33,6 +32,7 @@ from eval.protocols import read_pair_list
 from eval.report import write_csv, write_json, write_report
 from mxnet_reader import RecordError
 from utils import distributed
+from utils.decode import fit_image
 from utils.errors import UserError, one_line_errors
 
 KNOWN_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw", "vgg2_fp", "cfp_ff")
@@ -168,8 +168,7 @@ def _buffers_of_rank_zero(layer):
 def _resized(image_NHWC: np.ndarray, size: int) -> np.ndarray:
     if image_NHWC.shape[1:3] == (size, size):
         return image_NHWC
-    method = cv2.INTER_AREA if min(image_NHWC.shape[1:3]) > size else cv2.INTER_LINEAR
-    return np.stack([cv2.resize(image, (size, size), interpolation=method) for image in image_NHWC])
+    return np.stack([fit_image(image, (size, size), "stretch") for image in image_NHWC])
 
 
 def result_row(result: SetResult, threshold: float | None = None) -> dict:
