@@ -220,11 +220,14 @@ class TrainLoader:
         image = share_numpy(images)
         if not self._options["flip_on_host"]:
             image = image.to(paddle.get_device(), blocking=True)
-            if self._options["flip"]:
+            if self._options["flip"]:  # Paddle has no where or flip of uint8
+                wide = image.astype("float32" if self._options["normalize"] else "int32")
                 mirror = paddle.to_tensor(mirror).reshape([-1, 1, 1, 1])
-                image = paddle.where(mirror, paddle.flip(image, axis=2), image)
+                image = paddle.where(mirror, wide[:, :, ::-1], wide)
         if self._options["normalize"]:
             image = paddle.scale(image.transpose([0, 3, 1, 2]).astype("float32"), 2 / 255, -1.0)
+        elif image.dtype != paddle.uint8:
+            image = image.astype("uint8")
         return image, paddle.to_tensor(labels)
 
     def close(self) -> None:

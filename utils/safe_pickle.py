@@ -21,7 +21,7 @@ import numpy as np
 
 from utils.errors import UserError
 
-MAX_STACK = 1 << 22
+MAX_STACK = 1 << 19
 MAX_NESTING = 64
 NUMERIC = frozenset("biufc")
 
