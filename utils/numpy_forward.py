@@ -74,7 +74,12 @@ class Weights:
             for column in range(kernel):
                 stop = stride * (side - 1) + 1
                 part = x[:, :, row : row + stop : stride, column : column + stop : stride]
-                out += weight[row, column] @ part.reshape(num_images, groups, group_in, -1)
+                part = part.reshape(num_images, groups, group_in, -1)
+                if group_in > 4:
+                    out += weight[row, column] @ part
+                    continue
+                for channel in range(group_in):  # matrices this thin are slow as matrices
+                    out += weight[row, column, :, :, channel, None] * part[:, :, channel, None]
         return out.reshape(num_images, num_out, side, side)
 
 

@@ -163,7 +163,10 @@ def _load_zip(path: Path) -> object:
                 raise UnsafePickleError(f"{path}: the archive lacks {name}")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
                 raise UnsafePickleError(f"{path}: {name} claims {info.file_size} bytes or is compressed; refused")
-            return archive.read(info)
+            try:
+                return archive.read(info)
+            except OSError as error:  # a damaged directory sends the reader to places that do not exist
+                raise UnsafePickleError(f"{path}: {name} cannot be read ({error}): damaged archive") from None
 
         if root + "byteorder" in entries and read("byteorder") != b"little":
             raise UnsafePickleError(f"{path}: written on a big-endian machine; save it again on another")

@@ -1,0 +1,93 @@
+"""tools/export.py: both formats of every family, read by others, checked by the command itself."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import paddle
+import pytest
+
+from backbones import BACKBONES
+from tests.test_embed import SMALL, state_of, trained_like
+from tools import export as export_module
+from tools.export import BATCHES, export, main
+from utils.errors import UserError
+from utils.numpy_forward import reference_embedding
+from utils.run_folder import save_pdparams
+
+
+def write_weights(path, layer):
+    save_pdparams(path, state_of(layer))
+    return path
+
+
+def test_the_command_writes_and_checks_both(tmp_path, capsys):
+    layer = trained_like(width=8, embedding_size=32)
+    weights = write_weights(tmp_path / "backbone.pdparams", layer)
+    main(["--model", str(weights), "--network", "iresnet18", "--output", str(tmp_path / "out")])
+    told = capsys.readouterr().out
+    for batch in (1, 7, 64):
+        assert sum(f"|   {batch:<3} |" in line for line in told.splitlines()) == 2, told
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert "model.onnx" in files and "model.pdiparams" in files and not any(name.startswith(".") for name in files)
+    # Read by onnxruntime alone, against float64 numpy, at batch sizes the command did not try.
+    session = onnxruntime.InferenceSession(str(tmp_path / "out/model.onnx"), providers=["CPUExecutionProvider"])
+    assert not isinstance(session.get_inputs()[0].shape[0], int)
+    for batch in (1, 3):
+        image = np.random.default_rng(batch).uniform(-1, 1, (batch, 3, 112, 112)).astype(np.float32)
+        expected = reference_embedding(state_of(layer), False, image)
+        np.testing.assert_allclose(session.run(None, {session.get_inputs()[0].name: image})[0], expected, atol=1e-4)
+        loaded = paddle.jit.load(str(tmp_path / "out/model"))
+        np.testing.assert_allclose(loaded(paddle.to_tensor(image)).numpy(), expected, atol=1e-4)
+    onnx.checker.check_model(onnx.load(str(tmp_path / "out/model.onnx")))
+
+
+def test_the_batches_are_those_promised():
+    assert BATCHES == (1, 7, 64)
+
+
+@pytest.mark.parametrize("network", ["vit_t", "mnist_2d"])
+def test_small_families(tmp_path, network):
+    layer = trained_like(network, **SMALL[network])
+    rows = export(layer, tmp_path, batches=(1, 3))
+    assert len(rows) == 4 and all(row["difference"] < 1e-4 * max(1, row["scale"]) for row in rows)
+    assert (tmp_path / "model.onnx").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", sorted(BACKBONES))
+def test_every_backbone(tmp_path, network):
+    options = SMALL.get(network, {"width": 64 if network.startswith("vit") else 8, "embedding_size": 32})
+    rows = export(trained_like(network, **options), tmp_path)
+    assert len(rows) == 6 and all(row["difference"] < 1e-4 * max(1, row["scale"]) for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["iresnet50", "iresnet100", "vit_b", "mobilefacenet"])
+def test_full_size(tmp_path, network):
+    rows = export(trained_like(network), tmp_path, batches=(1, 7))
+    assert all(row["difference"] < 1e-4 * max(1, row["scale"]) for row in rows)
+
+
+def test_a_difference_leaves_nothing(tmp_path, monkeypatch):
+    layer = trained_like("mnist_2d")
+    honest = export_module.OnnxEngine.run
+    monkeypatch.setattr(export_module.OnnxEngine, "run", lambda self, image: honest(self, image) + 1e-3)
+    with pytest.raises(UserError, match=r"onnx differs from the dynamic graph by 0\.001"):
+        export(layer, tmp_path / "out", batches=(1,))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_told(tmp_path, capsys):
+    layer = trained_like("mnist_2d")
+    layer.fc.bias.set_value(np.full(2, np.nan, np.float32))
+    with pytest.raises(UserError, match="not finite"):
+        export(layer, tmp_path / "out", batches=(1,))
+    assert list((tmp_path / "out").iterdir()) == []
+    for arguments, shown in (
+        (["--model", str(tmp_path / "no.pdparams"), "--output", str(tmp_path)], "no such weights file"),
+        (["--model", str(tmp_path), "--output", str(tmp_path), "--format", "tflite"], "choose from paddle, onnx"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 1
+        assert shown in capsys.readouterr().err
