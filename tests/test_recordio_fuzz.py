@@ -160,7 +160,7 @@ def run_fuzz(tmp_path, num_files, seed):
 
 
 @needs_mxnet
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:.*(are added by a scan|index stays as it is)")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_mutated_files_read_as_mxnet_does_or_not_at_all(tmp_path, seed):

@@ -2,7 +2,6 @@
 
 import builtins
 import collections
-import io
 import os
 import pickle
 import pickletools
@@ -122,7 +121,7 @@ def canaries(mark):
         "getattr": pickle.dumps(Runs(getattr, os, "system"))
         if False
         else b"cbuiltins\ngetattr\n(cos\n__dict__\nS'system'\ntR.",
-        "copyreg": pickle.dumps(Runs(__import__("copyreg").__newobj__, io.BytesIO, b"x")),
+        "copyreg": b"ccopyreg\n__newobj__\n(cio\nBytesIO\nS'x'\ntR.",
         "copyreg text": b"ccopy_reg\n_reconstructor\n(cos\n_Environ\nc__builtin__\nobject\nNtR.",
         "extension": b"\x80\x02\x82\x01.",
         "persistent id": b"Pfile\n.",
@@ -177,9 +176,9 @@ BOMBS = {
     + b"x.",
     "negative length": b"\x80\x02T" + struct.pack("<i", -5) + b"x.",
     "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 1 << 32) + b"x.",
-    "nested lists": b"]" * 200_000 + b"a" * 199_999 + b".",
-    "nested tuples": b"(" * 200_000 + b"t" * 200_000 + b".",
-    "tuples of one": b")" + b"\x85" * 200_000 + b".",
+    "nested lists": b"]" * 30_000 + b"a" * 29_999 + b".",
+    "nested tuples": b"(" * 30_000 + b"t" * 30_000 + b".",
+    "tuples of one": b")" + b"\x85" * 30_000 + b".",
     "marks": b"(" * 500_000 + b".",
     "stack": b"N" * 600_000 + b".",
     "long line": b"I" + b"9" * 1_000_000 + b"\n.",
