@@ -14,6 +14,8 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute as paddle_recompute
 from paddle.nn import functional as F
 
+from backbones.cpu_prelu import CPUPReLU
+
 BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9
 
@@ -81,6 +83,8 @@ class PReLU(nn.Layer):
         self.weight = self.create_parameter([num_parameters], default_initializer=nn.initializer.Constant(0.25))
 
     def forward(self, x):
+        if self.data_format == "NCHW" and x.ndim == 4 and paddle.in_dynamic_mode() and x.place.is_cpu_place():
+            return CPUPReLU.apply(x, self.weight)
         return F.prelu(x, self.weight, data_format=self.data_format)
 
 
@@ -112,25 +116,30 @@ def run_block(block: nn.Layer, x: paddle.Tensor, recompute: bool) -> paddle.Tens
     """``block(x)``; with ``recompute`` in training its activations are thrown away and computed again in backward.
 
     Batch norms must see each batch once: the first pass updates the running statistics, the second does not
-    (momentum 1 keeps the old value), so that a step with recompute equals a step without. Random numbers are
-    the same in both passes.
+    (momentum 1 keeps the old value), so that a step with recompute equals a step without. The second pass draws the
+    random numbers of the first (kept here, because Paddle 2.6 does that on GPUs only).
     """
     if not (recompute and block.training and paddle.is_grad_enabled()) or x.stop_gradient:
         return block(x)
     norms = [part for part in block.sublayers(include_self=True) if isinstance(part, nn.BatchNorm2D)]
+    momenta = [norm._momentum for norm in norms]
+    first_state = paddle.get_rng_state()
     passes = 0
 
     def forward(value):
         nonlocal passes
         passes += 1
-        momenta = [norm._momentum for norm in norms]
+        if passes == 1:
+            return block(value)
+        state = paddle.get_rng_state()
+        paddle.set_rng_state(first_state)
+        for norm in norms:
+            norm._momentum = 1.0
         try:
-            if passes > 1:
-                for norm in norms:
-                    norm._momentum = 1.0
             return block(value)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm._momentum = momentum
+            paddle.set_rng_state(state)
 
-    return paddle_recompute(forward, x, use_reentrant=False)
+    return paddle_recompute(forward, x, use_reentrant=False, preserve_rng_state=False)
