@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eval.bins import load_bin
-from eval.verification import verify
 from utils.errors import UserError
 
 
@@ -54,6 +53,8 @@ class Verification:
 
     def __call__(self, backbone) -> dict[str, dict[str, float]]:
         """Figures by set, the same on all ranks. All ranks call it; the backbone's mode is put back."""
+        from eval.verification import verify  # here, because it brings matplotlib along
+
         was_training = backbone.training
         backbone.eval()
         try:
