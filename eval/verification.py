@@ -286,6 +286,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="run directory or weights file (.pdparams, .safetensors, .onnx)")
     parser.add_argument("--network", help="backbone name, where the model does not say it")
+    parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
     parser.add_argument("--data-dir", type=Path, help="folder of <set>.bin files")
     parser.add_argument(
         "--target", help=f"comma-separated sets (default: those of {','.join(KNOWN_SETS)} that are there)"
@@ -327,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(args.device)
     sets, embedder, failure = {}, None, None
     try:
-        embedder = load_embedder(args.model, args.network, args.engine, args.batch_size)
+        embedder = load_embedder(args.model, args.network, args.engine, args.batch_size, which=args.which)
         if args.data_dir is not None and (args.pairs is None or args.target or args.image_dir is not None):
             targets = [name for name in args.target.split(",") if name] if args.target else None
             sets |= load_sets(args.data_dir, targets, args.allow_missing, embedder.input_size)
