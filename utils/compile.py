@@ -6,9 +6,13 @@ the whole network oneDNN would take batch norm, PReLU and additions too, whose b
 a tenth of the speed.
 """
 
+import types
+from collections.abc import Callable
+
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
+from paddle.static import InputSpec
 
 from utils.compat import paddle_version
 from utils.errors import UserError
@@ -40,12 +44,13 @@ def _compile_convolutions(layer: nn.Layer) -> nn.Layer:
     paddle.set_flags({"FLAGS_use_mkldnn": True})
     for part in layer.sublayers(include_self=True):
         if isinstance(part, nn.Conv2D) and part._data_format == "NCHW" and part._padding_mode == "zeros":
-            part.forward = _onednn_forward(part)
+            # A method, not a closure over the layer: a deep copy of the network must use the copy's own weights.
+            part.forward = types.MethodType(_onednn_forward(part), part)
     return layer
 
 
-def _onednn_forward(conv: nn.Conv2D):
-    """A replacement for ``conv.forward``: image [B, C, H, W] -> [B, C', H', W']."""
+def _onednn_forward(conv: nn.Conv2D) -> Callable:
+    """What takes the place of ``Conv2D.forward``: (layer, image [B, C, H, W]) -> [B, C', H', W']."""
     stride, padding, dilation, groups = conv._stride, conv._updated_padding, conv._dilation, conv._groups
 
     def convolve(x, weight):
@@ -53,12 +58,14 @@ def _onednn_forward(conv: nn.Conv2D):
         # hands out its private layout, which the dynamic graph cannot read.
         return paddle.assign(F.conv2d(x, weight, None, stride, padding, dilation, groups))
 
-    program = paddle.jit.to_static(convolve, full_graph=True)
+    # Any batch and any image size, so that a smaller last batch is not another program.
+    specs = [InputSpec([None, conv._in_channels, None, None], "float32"), InputSpec(conv.weight.shape, "float32")]
+    program = paddle.jit.to_static(convolve, input_spec=specs, full_graph=True)
 
-    def forward(x):
-        if x.dtype != paddle.float32:
-            return nn.Conv2D.forward(conv, x)
-        result = program(x, conv.weight)
-        return result if conv.bias is None else result + conv.bias.reshape([1, -1, 1, 1])
+    def forward(self, x):
+        if x.dtype != paddle.float32 or not paddle.in_dynamic_mode():
+            return nn.Conv2D.forward(self, x)
+        result = program(x, self.weight)
+        return result if self.bias is None else result + self.bias.reshape([1, -1, 1, 1])
 
     return forward

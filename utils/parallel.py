@@ -5,6 +5,7 @@ import contextlib
 import paddle
 
 from utils import distributed
+from utils.compile import compile_backbone
 from utils.errors import UserError
 
 
@@ -16,7 +17,7 @@ class Replica:
         sync_bn: batch norms see the batch of all ranks (GPU only).
         recompute: the backbone drops activations; its gradients are then averaged after backward, because the layer's
             hooks would fire while it is run again.
-        compile: run the forward as a static graph.
+        compile: run the forward compiled (``utils/compile.py``).
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Replica:
         ]
         self._synchronised = sync_bn
         self.remember_statistics()
-        forward = paddle.jit.to_static(backbone, full_graph=True) if compile else backbone
+        forward = compile_backbone(backbone) if compile else backbone
         self.model = paddle.DataParallel(forward) if self.world_size > 1 else forward
 
     def __call__(self, image_BCHW: paddle.Tensor) -> paddle.Tensor:
