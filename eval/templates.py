@@ -29,8 +29,8 @@ def pool_templates(
     Args:
         feature_ND: embeddings, any float dtype (a memory map is read block by block), in any order. With a
             ``transform`` any array whose first axis is the image.
-        template_N: integer template id of each image; ids may be sparse and unordered.
-        media_N: integer media id of each image; the same id in two templates means two media.
+        template_N: template id of each image, integers or text; ids may be sparse and unordered.
+        media_N: media id of each image; the same id in two templates means two media.
         transform: ``(rows, index of the rows) -> [n, D] float64``: what turns stored rows into features.
 
     Returns:
@@ -40,6 +40,7 @@ def pool_templates(
     Raises:
         ValueError: lengths differ, there is no image, or a template is not finite (its id is named).
     """
+    feature_ND = feature_ND if isinstance(feature_ND, np.ndarray) else np.asarray(feature_ND)
     template_N, media_N = np.asarray(template_N), np.asarray(media_N)
     num_images = len(feature_ND)
     if not num_images or template_N.shape != (num_images,) or media_N.shape != (num_images,):

@@ -66,6 +66,15 @@ def test_transform_sees_rows_and_their_indices():
     np.testing.assert_allclose(got[1], wanted[1], atol=1e-15)
 
 
+def test_lists_and_ids_of_text():
+    ids, pooled = pool_templates([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]], ["b", "a", "b"], ["x", "x", "y"])
+    assert ids.tolist() == ["a", "b"]
+    np.testing.assert_allclose(pooled, [[0, 1], [0.5**0.5, 0.5**0.5]], rtol=1e-15)
+    np.testing.assert_allclose(score_pairs(ids, pooled, ["a"], ["b"]), [0.5**0.5], rtol=1e-15)
+    with pytest.raises(ValueError, match="pair 0 names template c"):
+        score_pairs(ids, pooled, ["c"], ["b"])
+
+
 def test_zero_template_stays_zero_and_bad_values_are_named():
     feature = np.array([[1.0, 0], [-1.0, 0], [1.0, 1.0]])
     ids, pooled = pool_templates(feature, np.array([4, 4, 6]), np.array([0, 1, 0]))
