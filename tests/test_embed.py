@@ -1,14 +1,12 @@
 """eval/embed.py, eval/engines.py, eval/stream.py: one result from every engine, streaming, resuming, ranks."""
 
 import numpy as np
-import onnx
 import paddle
 import pytest
 import yaml
-from onnx import TensorProto, helper, numpy_helper
 
 from backbones import build_backbone
-from eval import embed, engines
+from eval import embed
 from eval.embed import infer, load_backbone, load_embedder
 from eval.stream import digest, embed_to_file
 from tests.ranks import run_ranks
@@ -90,7 +88,10 @@ def test_the_network_sees_rgb_in_minus_one_to_one():
     np.testing.assert_allclose(mirrored, found.reshape(3, 3, 4, 4)[..., ::-1], atol=0)
 
 
-@pytest.mark.parametrize("engine", engines.ENGINES)
+OLDEST = [pytest.param(engine, marks=pytest.mark.oldest) for engine in ("dynamic", "static", "predictor")]
+
+
+@pytest.mark.parametrize("engine", [*OLDEST, "onnx"])
 def test_every_engine_gives_the_embedding(engine, run_dir, layer):
     """Against float64 numpy; more images than a batch and a last batch that is smaller (trap 50)."""
     images = pictures(7)
@@ -125,6 +126,7 @@ def test_engines_agree_for_every_family(network):
         np.testing.assert_allclose(load_embedder(layer, engine=engine)(images), expected, atol=1e-4)
 
 
+@pytest.mark.oldest
 def test_a_layer_keeps_its_mode_and_its_later_weights(layer):
     layer = trained_like(width=8, embedding_size=32)
     layer.train()
@@ -216,6 +218,9 @@ def test_weights_alone_tell_their_network(run_dir, tmp_path, layer):
 
 def pixel_graph(path, batch, raw=False, size=4):
     """An ONNX file that hands out its input (scaled inside if ``raw``), for a fixed or free batch."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
     image = helper.make_tensor_value_info("data", TensorProto.FLOAT, [batch, 3, size, size])
     out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [batch, 3 * size * size])
     nodes, value, constants = [], "data", []
@@ -277,6 +282,7 @@ class Source:
         return self.images[index]
 
 
+@pytest.mark.oldest
 def test_a_stream_is_the_call_and_resumes(tmp_path):
     images = pictures(23, 4)
     embedder = load_embedder(Pixels(), batch_size=5)
