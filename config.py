@@ -3,7 +3,6 @@
 A YAML file holds one mapping a section; ``section.key=value`` on the command line overrides it, the value being YAML::
 
     config = load_config("configs/ms1mv2_r50.yaml", ["run.epochs=2", "head.margin.name=cosface"])
-    config.optim.lr, config.model.kwargs(), dump_config(config)
 
 A wrong key or value raises ``ConfigError``: one line with the file, the setting, the value and the nearest valid name.
 Every default stands below beside its meaning and unit; ``steps`` are updates (not micro-batches).
@@ -211,6 +210,7 @@ class InitConfig(Section):
 
     backbone: str | None = None
     head: str | None = None
+    optional: bool = False  # start from nothing where a file is not there, instead of ending
     freeze: tuple[str, ...] = ()  # leading parts of parameter names, e.g. [conv1, bn1, layer1]
 
 

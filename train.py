@@ -26,9 +26,10 @@ from utils.callbacks import Meter, SpikeDetector, StopSignal, agree, angle_stats
 from utils.checkpoint import CheckpointWriter
 from utils.ema import Ema
 from utils.errors import UserError, one_line_errors
-from utils.initial import load_initial
+from utils.initial import load_initial, without_missing
 from utils.logging import RunLog
 from utils.lr_schedule import LrSchedule, scaled_lr
+from utils.malloc import keep_freed_memory
 from utils.optim import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
 from utils.parallel import Replica
 from utils.pictures import open_pictures
@@ -72,7 +73,11 @@ def build(config: Config) -> Run:
             num_classes, model.embedding_size, margin, config.head.sample_rate, rank, world_size, run.seed,
             **config.head_options(),
         )  # fmt: skip
-        load_initial(backbone, head, config.init.backbone, config.init.head, config.init.freeze)
+        init, init_note = config.init, None
+        files = init.backbone, init.head
+        if init.optional:
+            *files, init_note = without_missing(*files)
+        load_initial(backbone, head, *files, init.freeze)
     replica = Replica(backbone, run.sync_bn, bool(model.recompute), run.compile)
     optimizer = BackboneOptimizer(trainable(backbone), **config.optimizer_options())
     images_per_update = batch_size * accumulation * world_size
@@ -97,7 +102,7 @@ def build(config: Config) -> Run:
             restore(parts, resume)
         if rank == 0:
             write_text(Path(run.output) / "config.yaml", dump_config(config))
-    for note in filter(None, (moved, batch_note, summarize(parts, len(source), resume))):
+    for note in filter(None, (moved, batch_note, init_note, summarize(parts, len(source), resume))):
         log.info(note)
     return parts
 
@@ -225,7 +230,10 @@ def open_source(config: Config) -> tuple:
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     config = parse_arguments(argv, DEFAULT_CONFIG, __doc__)
-    distributed.init(pick_device(config.run.device))
+    device = pick_device(config.run.device)
+    distributed.init(device)
+    if device == "cpu":
+        keep_freed_memory()
     run = build(config)
     try:
         train(run)

@@ -8,6 +8,14 @@ from utils.errors import UserError
 from utils.weights import load_state, read_state
 
 
+def without_missing(backbone_path: str | None, head_path: str | None) -> tuple[str | None, str | None, str | None]:
+    """Both paths, None for one that is not there (``init.optional``), and a note that says so (None: both are there)."""
+    missing = [path for path in (backbone_path, head_path) if path is not None and not Path(path).exists()]
+    kept = [None if path in missing else path for path in (backbone_path, head_path)]
+    note = f"init.optional: {', '.join(missing)} is not there; starting from random weights" if missing else None
+    return kept[0], kept[1], note
+
+
 def load_initial(backbone, head, backbone_path: str | None, head_path: str | None, freeze: tuple[str, ...]) -> None:
     """Fill a new backbone and head from files, then freeze parameters.
 
