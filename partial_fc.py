@@ -388,7 +388,7 @@ def _build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size):
     if backend == "numpy" or (backend == "auto" and on_cpu):
         threads = num_threads or max(1, len(os.sched_getaffinity(0)) // _ranks_here(world_size))
         return NumpyKernel(threads, chunk_rows or 1024)
-    return PaddleKernel(chunk_rows or (4096 if on_cpu else 65536), matmul_dtype)
+    return PaddleKernel(chunk_rows or (4096 if on_cpu else 16384), matmul_dtype)
 
 
 def _ranks_here(world_size: int) -> int:

@@ -111,7 +111,8 @@ def run_child(name: str, threads: int) -> None:
 
 def machine(threads: int) -> str:
     """One line on what this ran on."""
-    models = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {threads} threads a side"
 
 

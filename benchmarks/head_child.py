@@ -13,6 +13,11 @@ def reset_peak() -> int:
     return _status_bytes("VmRSS")
 
 
+def peak_bytes() -> int:
+    """Peak memory of this process since ``reset_peak``, bytes."""
+    return _status_bytes("VmHWM")
+
+
 def serve(build, base_bytes: int) -> None:
     """Build a head, answer ``ready``, then run one step for each line read and report it as JSON.
 
@@ -27,7 +32,7 @@ def serve(build, base_bytes: int) -> None:
         start = time.perf_counter()
         loss = step()
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": _status_bytes("VmHWM") - base_bytes}), file=reply)
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak_bytes() - base_bytes}), file=reply)
 
 
 def _status_bytes(field: str) -> int:

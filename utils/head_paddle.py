@@ -26,7 +26,7 @@ class PaddleKernel:
             softmax and update stay float32.
     """
 
-    def __init__(self, chunk_rows: int = 65536, matmul_dtype: str = "fp32"):
+    def __init__(self, chunk_rows: int = 16384, matmul_dtype: str = "fp32"):
         if matmul_dtype not in MATMUL_DTYPES:
             raise ValueError(f"matmul_dtype: {matmul_dtype!r} is not one of {', '.join(MATMUL_DTYPES)}")
         self.chunk_rows, self.matmul_dtype = chunk_rows, matmul_dtype

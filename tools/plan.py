@@ -1,0 +1,239 @@
+"""Memory of each rank and bytes moved per step, before a run is started.
+
+    python tools/plan.py --classes 10000000 --gpus 8 --batch 128 --sample-rate 0.1 --backbone iresnet100
+
+The backbone's share is not guessed: a child process runs its training step on CPU with a few images, and its need is
+extended to the batch, so any backbone of the registry works. The head's share follows from what ``partial_fc.py`` keeps
+(docs/partial_fc.md lists it). A warning is printed if a rank needs more than ``--memory`` GiB, by default what this
+machine has free, shared by its ranks.
+
+``--device cpu`` predicts the peak of the whole process, allocator slack included, and is checked against measured peaks
+(tests/test_plan.py). ``--device gpu`` counts allocated tensors; the CUDA context and cuDNN workspaces come on top. It
+has not been checked on a GPU.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import paddle
+from paddle.base import core
+
+from backbones import build_backbone
+from utils.errors import UserError, one_line_errors
+
+GIB = 2**30
+FLOAT = 4
+# Beside what is counted: buffers of BLAS and thread arenas of the head, measured with benchmarks/head.py on CPU.
+CPU_OVERHEAD = 24 * 2**20
+PROBES = (2, 6)  # images of the two measured steps
+CHUNK_ROWS = {"cpu": 1024, "gpu": 16384}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What decides the memory of a run. ``batch``: samples a rank and micro-batch; ``ranks``: W."""
+
+    classes: int
+    ranks: int
+    batch: int
+    sample_rate: float
+    backbone: str
+    embedding_size: int = 512
+    accumulate: int = 1
+    optimizer: str = "sgd"
+    device: str = "gpu"
+    threads: int = 2
+
+    def __post_init__(self):
+        for name in ("ranks", "batch", "embedding_size", "accumulate", "threads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)} must be at least 1")
+        if self.classes < self.ranks:
+            raise UserError(f"--classes: {self.classes} cannot be split over {self.ranks} ranks")
+        if not 0 <= self.sample_rate <= 1:
+            raise UserError(f"--sample-rate: {self.sample_rate} must lie in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneFacts:
+    """Bytes of a backbone: parameters, buffers, and what a step of B images needs, ``fixed + per_image * B``."""
+
+    parameters: int
+    buffers: int
+    fixed: int
+    per_image: int
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--gpus", type=int, default=1, help="ranks, one per device")
+    parser.add_argument("--batch", type=int, default=128, help="samples a rank and micro-batch")
+    parser.add_argument("--sample-rate", type=float, default=1.0)
+    parser.add_argument("--backbone", default="iresnet50")
+    parser.add_argument("--embedding-size", type=int, default=512)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches an update")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--memory", type=float, help="GiB a rank may use")
+    parser.add_argument("--json", type=Path, help="write the figures here, in bytes")
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--probe"]:
+        probe(arguments[1], int(arguments[2]), arguments[3])
+        return
+    run(parser.parse_args(arguments))
+
+
+@one_line_errors(ValueError)
+def run(args: argparse.Namespace) -> None:
+    setup = Setup(
+        args.classes, args.gpus, args.batch, args.sample_rate, args.backbone, args.embedding_size, args.accumulate,
+        args.optimizer, args.device,
+    )  # fmt: skip
+    facts = measure_backbone(setup.backbone, setup.embedding_size, setup.device)
+    memory, moved = predict_memory(setup, facts), predict_traffic(setup, facts)
+    available = args.memory * GIB if args.memory else free_memory(setup)
+    local, sampled = head_rows(setup)
+    print(f"{setup.classes:,} classes on {setup.ranks} ranks: {local:,} rows each, {sampled:,} of them in an update")
+    for title, part in (("memory of a rank", memory), ("moved by a rank per update", moved)):
+        print(f"\n{title}")
+        for name, size in part.items():
+            print(f"  {name:<42} {size / GIB:9.3f} GiB")
+        print(f"  {'total':<42} {sum(part.values()) / GIB:9.3f} GiB")
+    total = sum(memory.values())
+    if args.json:
+        args.json.write_text(json.dumps({"memory": memory, "moved": moved, "total": total}, indent=1) + "\n")
+    if total > available:
+        print(
+            f"\nwarning: a rank needs {total / GIB:.1f} GiB and has {available / GIB:.1f}; lower --batch or "
+            "--sample-rate, use more ranks, or turn recomputation on",
+            file=sys.stderr,
+        )
+
+
+def head_rows(setup: Setup) -> tuple[int, int]:
+    """(rows of the largest shard, rows of one update), the positives of the batch within the quota or beyond it."""
+    local = -(-setup.classes // setup.ranks)
+    samples = setup.batch * setup.ranks * setup.accumulate
+    positives = min(local, -(-samples // setup.ranks))
+    return local, max(int(setup.sample_rate * local), positives)
+
+
+def predict_memory(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
+    """Bytes at the peak of a training step on one rank, by what holds them."""
+    local, sampled = head_rows(setup)
+    dim, samples = setup.embedding_size, setup.batch * setup.ranks
+    slots = 2 if setup.optimizer == "adamw" else 1
+    # Exponentials are kept until they would cost more than row gradients (partial_fc.py, _add_record).
+    kept = min(setup.accumulate, max(dim // samples, 0))
+    folded = setup.accumulate > kept
+    logits = sampled * samples * FLOAT * (1 if folded and kept == 0 else min(setup.accumulate, kept + folded))
+    chunk = min(CHUNK_ROWS[setup.device], sampled) * (6 * dim + 3 * samples) * FLOAT
+    workers = setup.threads if setup.device == "cpu" else 1
+    indices = 0 if setup.sample_rate == 1 else 2 * 8 * sampled + 2 * local
+    return {
+        "backbone weights and buffers": facts.parameters + facts.buffers,
+        "backbone optimiser": slots * facts.parameters,
+        "backbone gradients and activations": facts.fixed + facts.per_image * setup.batch,
+        "images": 3 * 112 * 112 * setup.batch * FLOAT * setup.accumulate,
+        "class weights": local * dim * FLOAT,
+        "class optimiser": slots * local * dim * FLOAT + local * FLOAT,
+        "logits": logits,
+        "class gradients": sampled * dim * FLOAT if folded else 0,
+        "embeddings of all ranks": 6 * samples * dim * FLOAT,
+        "chunks in work, ids": workers * chunk + indices,
+        "overhead of the process": CPU_OVERHEAD if setup.device == "cpu" else 0,
+    }
+
+
+def predict_traffic(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
+    """Bytes that one rank sends per update, with ring collectives: gather (W-1)/W, all-reduce twice that."""
+    share = (setup.ranks - 1) / setup.ranks
+    samples, dim = setup.batch * setup.ranks * setup.accumulate, setup.embedding_size
+    return {
+        "backbone gradients (all-reduce)": int(2 * share * facts.parameters),
+        "embeddings (all-gather)": int(share * samples * dim * FLOAT),
+        "embedding gradients (reduce-scatter)": int(share * samples * (dim + 1) * FLOAT),
+        "softmax maximum, sum, target (all-reduce)": int(2 * share * 3 * samples * FLOAT),
+        "labels (all-gather)": int(2 * share * samples * 8),
+    }
+
+
+def measure_backbone(name: str, embedding_size: int, device: str) -> BackboneFacts:
+    """Run training steps of few images in a child process and read what they took.
+
+    Args:
+        device: ``cpu`` reads the peak of the process, ``gpu`` Paddle's count of allocated bytes (taken on CPU as well).
+    """
+    build_backbone(name, embedding_size=embedding_size)  # a wrong name ends here, with its message
+    command = [sys.executable, "-W", "ignore", __file__, "--probe", name, str(embedding_size), device]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError(f"--backbone {name}: its training step failed: {done.stderr.strip().splitlines()[-1]}")
+    return BackboneFacts(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def probe(name: str, embedding_size: int, device: str) -> None:
+    """The child's part: prints ``BackboneFacts`` as JSON."""
+    paddle.set_device("cpu")
+    base = reset_peak()
+    backbone = build_backbone(name, embedding_size=embedding_size)
+    backbone.train()
+    optimizer = paddle.optimizer.Momentum(0.0, 0.9, backbone.parameters())
+    parameters = sum(each.size * FLOAT for each in backbone.parameters())
+    buffers = sum(each.size * FLOAT for each in backbone.buffers())
+    peaks = {}
+    for batch in PROBES:
+        for _ in range(2):
+            start = core.host_memory_stat_current_value("Allocated", 0)
+            core.host_memory_stat_reset_peak_value("Allocated", 0)
+            size = getattr(backbone, "input_size", 112)
+            backbone(paddle.zeros([batch, 3, size, size])).sum().backward()
+            optimizer.step()
+            optimizer.clear_grad(set_to_zero=False)
+        if device == "cpu":
+            peaks[batch] = peak_bytes() - base - 2 * parameters - buffers
+        else:
+            peaks[batch] = core.host_memory_stat_peak_value("Allocated", 0) - start
+    few, many = PROBES
+    per_image = (peaks[many] - peaks[few]) // (many - few)
+    facts = {"parameters": parameters, "buffers": buffers}
+    print(json.dumps({**facts, "fixed": peaks[few] - few * per_image, "per_image": per_image}))
+
+
+def reset_peak() -> int:
+    """Forget this process's peak; returns what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Peak of this process since ``reset_peak``."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def free_memory(setup: Setup) -> float:
+    """Bytes that one rank may use here."""
+    if setup.device == "gpu" and paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        return float(paddle.device.cuda.get_device_properties(0).total_memory)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 / (setup.ranks if setup.device == "cpu" else 1)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+if __name__ == "__main__":
+    main()
