@@ -26,7 +26,7 @@ from utils.callbacks import Meter, SpikeDetector, StopSignal, agree, angle_stats
 from utils.checkpoint import CheckpointWriter
 from utils.ema import Ema
 from utils.errors import UserError, one_line_errors
-from utils.initial import load_initial, without_missing
+from utils.initial import load_initial
 from utils.logging import RunLog
 from utils.lr_schedule import LrSchedule, scaled_lr
 from utils.malloc import keep_freed_memory
@@ -73,11 +73,8 @@ def build(config: Config) -> Run:
             num_classes, model.embedding_size, margin, config.head.sample_rate, rank, world_size, run.seed,
             **config.head_options(),
         )  # fmt: skip
-        init, init_note = config.init, None
-        files = init.backbone, init.head
-        if init.optional:
-            *files, init_note = without_missing(*files)
-        load_initial(backbone, head, *files, init.freeze)
+        init = config.init
+        init_note = load_initial(backbone, head, init.backbone, init.head, init.freeze, init.optional)
     replica = Replica(backbone, run.sync_bn, bool(model.recompute), run.compile)
     optimizer = BackboneOptimizer(trainable(backbone), **config.optimizer_options())
     images_per_update = batch_size * accumulation * world_size

@@ -8,16 +8,10 @@ from utils.errors import UserError
 from utils.weights import load_state, read_state
 
 
-def without_missing(backbone_path: str | None, head_path: str | None) -> tuple[str | None, str | None, str | None]:
-    """Both paths, None for one that is not there (``init.optional``), and a note that says so (None: both are there)."""
-    missing = [path for path in (backbone_path, head_path) if path is not None and not Path(path).exists()]
-    kept = [None if path in missing else path for path in (backbone_path, head_path)]
-    note = f"init.optional: {', '.join(missing)} is not there; starting from random weights" if missing else None
-    return kept[0], kept[1], note
-
-
-def load_initial(backbone, head, backbone_path: str | None, head_path: str | None, freeze: tuple[str, ...]) -> None:
-    """Fill a new backbone and head from files, then freeze parameters.
+def load_initial(
+    backbone, head, backbone_path: str | None, head_path: str | None, freeze: tuple[str, ...], optional: bool = False
+) -> str | None:
+    """Fill a new backbone and head from files, then freeze parameters; a note if ``optional`` files are not there.
 
     Args:
         backbone_path: anything ``utils.weights.read_state`` reads, or a run directory (its ``backbone.pdparams``).
@@ -27,13 +21,14 @@ def load_initial(backbone, head, backbone_path: str | None, head_path: str | Non
     Raises:
         UserError: a file that does not fit; a name in ``freeze`` that no parameter starts with.
     """
-    if backbone_path is not None:
+    missing = [path for path in (backbone_path, head_path) if optional and path is not None and not Path(path).exists()]
+    if backbone_path is not None and backbone_path not in missing:
         path = Path(backbone_path)
         path = path / "backbone.pdparams" if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"init.backbone: {path}: no such file")
         load_state(backbone, read_state(path), path)
-    if head_path is not None:
+    if head_path is not None and head_path not in missing:
         _load_head(head, Path(head_path))
     for prefix in freeze:
         named = [p for name, p in backbone.named_parameters() if name == prefix or name.startswith(prefix + ".")]
@@ -42,6 +37,7 @@ def load_initial(backbone, head, backbone_path: str | None, head_path: str | Non
             raise UserError(f"init.freeze: no parameter starts with {prefix!r}; this network has {', '.join(stages)}")
         for parameter in named:
             parameter.stop_gradient = True
+    return f"init.optional: {', '.join(missing)} is not there; starting from random weights" if missing else None
 
 
 def _load_head(head, path: Path) -> None:
