@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which later imports crash
 from pathlib import Path
 
 import paddle
