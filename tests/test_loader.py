@@ -362,6 +362,7 @@ def test_any_sequence_of_images_serves():
 
 
 SOAK = """
+import zlib  # before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 import sys, resource, paddle
 from dataset import build_source, build_train_loader
 import os

@@ -11,10 +11,7 @@ def paddle_version() -> tuple[int, int]:
 
 
 def share_numpy(array: np.ndarray) -> paddle.Tensor:
-    """A CPU tensor on the array's own memory (DLPack); it keeps the array alive.
-
-    Paddle 2.6 frees DLPack memory that is not its own too early (a loop over a loader ends in SIGSEGV): a copy there.
-    """
+    """A CPU tensor on the array's own memory (DLPack); it keeps the array alive. Paddle 2.6 takes capsules only."""
     from paddle.utils import dlpack
 
-    return dlpack.from_dlpack(array) if paddle_version() >= (3, 0) else paddle.to_tensor(array)
+    return dlpack.from_dlpack(array if paddle_version() >= (3, 0) else array.__dlpack__())
