@@ -74,7 +74,9 @@ def test_angles_of_a_hand_worked_plane():
     embedding, label = rays([0, 90, 200], 6.0)
     center = np.array([[1.0, 0.0], [0.0, 1.0], [math.cos(math.radians(200)), math.sin(math.radians(200))]])
     angles = measure_angles(Plane(embedding, label, center))
-    assert angles == Angles(*(pytest.approx(value, abs=1e-9) for value in (6.0, 6.0, (90 + 90 + 110) / 3, 90.0, 1.0)))
+    assert angles == Angles(
+        *(pytest.approx(value, abs=1e-9) for value in (6.0, 6.0, 6.0, (90 + 90 + 110) / 3, 90.0, 1.0))
+    )
 
 
 def test_accuracy_follows_the_centres_not_the_means():
@@ -95,6 +97,7 @@ def test_angles_in_many_dimensions_match_a_loop():
     nearest = [min(math.degrees(math.acos(float(means[a] @ means[b]))) for b in range(5) if b != a) for a in range(5)]
     angles = measure_angles(Plane(embedding, label, center))
     assert angles.intra_mean == pytest.approx(np.mean(intra), rel=1e-9)
+    assert angles.intra_median == pytest.approx(sorted(intra)[29] / 2 + sorted(intra)[30] / 2, rel=1e-9)
     assert angles.inter_nearest == pytest.approx(np.mean(nearest), rel=1e-9)
     assert angles.inter_min == pytest.approx(min(nearest), rel=1e-9)
 

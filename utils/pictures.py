@@ -121,8 +121,8 @@ class Pictures:
         self.log.scalars({f"plane/{name}": value for name, value in angles.as_dict().items()}, step)
         self.log.event(step, "plane", **angles.as_dict())
         self.log.info(
-            f"step {step}  plane: own class {angles.intra_mean:.2f} degrees (95%: {angles.intra_p95:.2f}), nearest "
-            f"other class {angles.inter_nearest:.2f} (least {angles.inter_min:.2f}), accuracy {angles.accuracy:.4f}"
+            f"step {step}  plane: own class {angles.intra_mean:.2f} degrees (median {angles.intra_median:.2f}), "
+            f"nearest other class {angles.inter_nearest:.2f} (least {angles.inter_min:.2f}), accuracy {angles.accuracy:.4f}"
         )
         return angles
 

@@ -35,13 +35,15 @@ class Plane:
 class Angles:
     """How tight and how far apart the classes lie. All in degrees but ``accuracy`` (a fraction).
 
-    ``intra_mean``, ``intra_p95``: angle of an embedding to the mean direction of its own class (mean, 95th percentile).
+    ``intra_mean``, ``intra_median``, ``intra_p95``: angle of an embedding to the mean direction of its own class (mean,
+    median, 95th percentile).
     ``inter_nearest``: angle between a class's mean direction and the nearest other one, averaged over classes;
     ``inter_min``: the smallest of them (360/C at best in the plane). ``accuracy``: embeddings whose nearest class
     centre, by angle, is their own.
     """
 
     intra_mean: float
+    intra_median: float
     intra_p95: float
     inter_nearest: float
     inter_min: float
@@ -83,6 +85,7 @@ def measure_angles(plane: Plane) -> Angles:
     predicted_N = (direction_ND @ _directions(plane.center_CD).T).argmax(axis=1)
     return Angles(
         intra_mean=float(intra_N.mean()),
+        intra_median=float(np.median(intra_N)),
         intra_p95=float(np.percentile(intra_N, 95)),
         inter_nearest=float(nearest_P.mean()),
         inter_min=float(nearest_P.min()),
@@ -161,7 +164,7 @@ def _draw_panel(axes, plane: Plane) -> None:
     angles = measure_angles(plane)
     step = f", step {plane.step}" if plane.step else ""
     axes.set_title(
-        f"{plane.title}{step}\nown class {angles.intra_mean:.1f}° (95%: {angles.intra_p95:.1f}°), "
+        f"{plane.title}{step}\nown class {angles.intra_mean:.1f}° (median {angles.intra_median:.1f}°), "
         f"nearest other {angles.inter_nearest:.1f}°, accuracy {angles.accuracy:.3f}",
         fontsize=10,
     )
