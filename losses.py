@@ -361,16 +361,12 @@ def _cosface(m: float = 0.4, **params) -> Margin:
     return CombinedMargin(m1=1.0, m2=0.0, m3=m, **params)
 
 
-def _softmax(**params) -> Margin:
-    return CombinedMargin(m1=1.0, m2=0.0, m3=0.0, **params)
-
-
 MARGINS = {
     "arcface": _arcface,
     "cosface": _cosface,
     "sphereface": SphereFace,
     "combined": CombinedMargin,
-    "softmax": _softmax,
+    "softmax": lambda **params: CombinedMargin(m1=1.0, m2=0.0, m3=0.0, **params),
     "linear": LinearLogits,
     "adaface": AdaFace,
     "magface": MagFace,

@@ -11,14 +11,13 @@ similarity, ``z`` logit of a non-target, ``t`` logit of the target, ``p`` probab
 """
 
 import dataclasses
-import os
 
 import numpy as np
 import paddle
 
 from utils import distributed
-from utils.head_numpy import NumpyKernel
-from utils.head_paddle import PaddleKernel, inverse_norm
+from utils.head_kernel import build_kernel
+from utils.head_paddle import inverse_norm
 from utils.head_rows import Record, RowBank, dtype_name
 from utils.row_optim import build_optimizer
 from utils.sampling import sample_classes
@@ -106,7 +105,7 @@ class PartialFC:
         self.embedding_size, self.margin, self.sample_rate, self.seed = embedding_size, margin, sample_rate, seed
         self._optimizer_name = optimizer
         self._optimizer = build_optimizer(optimizer, update, momentum, weight_decay, betas, epsilon)
-        self._kernel = _build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size)
+        self._kernel = build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size)
         self._bank = RowBank(self.shard.start, self.shard.num_local, embedding_size, self._optimizer, seed, dtype)
         self._anchor = paddle.zeros([1], dtype)  # makes the loss differentiable even if the embedding is not
         self._anchor.stop_gradient = False
@@ -368,32 +367,15 @@ class _HeadFunction(paddle.autograd.PyLayer):
     def forward(ctx, embedding_BD, anchor, head, label_G, keep):
         ctx.head, ctx.batch, ctx.dtype = head, embedding_BD.shape[0], embedding_BD.dtype
         ctx.frozen = embedding_BD.stop_gradient
-        loss, ctx.saved = head._forward(embedding_BD, label_G, keep)
+        with paddle.amp.auto_cast(enable=False):  # whatever the backbone's precision, the head stays float32
+            loss, ctx.saved = head._forward(embedding_BD, label_G, keep)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        gradient_BD = ctx.head._backward(ctx.saved, upstream, ctx.batch, ctx.dtype)
+        with paddle.amp.auto_cast(enable=False):
+            gradient_BD = ctx.head._backward(ctx.saved, upstream, ctx.batch, ctx.dtype)
         return None if ctx.frozen else gradient_BD, paddle.zeros([1], ctx.head._anchor.dtype)
-
-
-def _build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size):
-    on_cpu = paddle.get_device() == "cpu"
-    if backend not in ("auto", "paddle", "numpy"):
-        raise ValueError(f"backend: {backend!r} is not one of auto, paddle, numpy")
-    if backend == "numpy" and not on_cpu:
-        raise ValueError(f"backend: 'numpy' works on CPU, the device is {paddle.get_device()}")
-    if on_cpu and matmul_dtype != "fp32":
-        raise ValueError(f"matmul_dtype: {matmul_dtype!r} needs a GPU; on CPU use 'fp32'")
-    if backend == "numpy" or (backend == "auto" and on_cpu):
-        threads = num_threads or max(1, len(os.sched_getaffinity(0)) // _ranks_here(world_size))
-        return NumpyKernel(threads, chunk_rows or 1024)
-    return PaddleKernel(chunk_rows or (4096 if on_cpu else 16384), matmul_dtype)
-
-
-def _ranks_here(world_size: int) -> int:
-    """How many ranks share this machine's cores."""
-    return int(os.environ.get("PADDLE_LOCAL_SIZE", world_size)) or 1
 
 
 def _flat_label(label) -> paddle.Tensor:

@@ -11,6 +11,7 @@ similarity, ``z = scale * q`` logit of a non-target, ``inv = 1 / |w|``.
 
 import numpy as np
 import paddle
+from paddle.base import core
 
 from utils.head_rows import NO_MAX, TINY, Forward, Record, RowBank, dtype_name
 
@@ -35,7 +36,15 @@ class PaddleKernel:
         if self.matmul_dtype == "bf16":
             product = paddle.matmul(a.astype("bfloat16"), b.astype("bfloat16"), transpose_x, transpose_y)
             return product.astype(a.dtype)
-        return paddle.matmul(a, b, transpose_x, transpose_y)
+        if a.place.is_cpu_place():
+            return paddle.matmul(a, b, transpose_x, transpose_y)
+        # Paddle allows TF32 by default and for the whole process: set it for this product, then put it back.
+        before = core.get_cublas_switch()
+        core.set_cublas_switch(self.matmul_dtype == "tf32")
+        try:
+            return paddle.matmul(a, b, transpose_x, transpose_y)
+        finally:
+            core.set_cublas_switch(before)
 
     def _chunks(self, bank: RowBank, ids_S):
         """(chunk index, start, stop, rows as numpy ids) of each chunk."""

@@ -1,0 +1,34 @@
+"""Which implementation of the head's chunk arithmetic runs here."""
+
+import os
+
+import paddle
+
+from utils.head_numpy import NumpyKernel
+from utils.head_paddle import PaddleKernel
+
+
+def build_kernel(
+    backend: str, matmul_dtype: str, num_threads: int | None, chunk_rows: int | None, world_size: int
+) -> NumpyKernel | PaddleKernel:
+    """The kernel that ``PartialFC``'s arguments of the same names ask for, on the current device.
+
+    Raises:
+        ValueError: an unknown name, or one that does not work on this device.
+    """
+    on_cpu = paddle.get_device() == "cpu"
+    if backend not in ("auto", "paddle", "numpy"):
+        raise ValueError(f"backend: {backend!r} is not one of auto, paddle, numpy")
+    if backend == "numpy" and not on_cpu:
+        raise ValueError(f"backend: 'numpy' works on CPU, the device is {paddle.get_device()}")
+    if on_cpu and matmul_dtype != "fp32":
+        raise ValueError(f"matmul_dtype: {matmul_dtype!r} needs a GPU; on CPU use 'fp32'")
+    if backend == "numpy" or (backend == "auto" and on_cpu):
+        threads = num_threads or max(1, len(os.sched_getaffinity(0)) // _ranks_here(world_size))
+        return NumpyKernel(threads, chunk_rows or 1024)
+    return PaddleKernel(chunk_rows or (4096 if on_cpu else 16384), matmul_dtype)
+
+
+def _ranks_here(world_size: int) -> int:
+    """How many ranks share this machine's cores."""
+    return int(os.environ.get("PADDLE_LOCAL_SIZE", world_size)) or 1
