@@ -102,15 +102,22 @@ def search(
         if len(starts_S) != len(gallery_GD):
             scores = np.maximum.reduceat(scores, starts_S, axis=1)
         part = slice(start, start + len(scores))
-        best_score_Q[part] = scores.max(1)
         mated = np.flatnonzero(mate_Q[part] >= 0)
         column = mate_Q[part][mated]
         mate = scores[mated, column]
-        mate_score_Q[start + mated] = mate
         scores[mated, column] = -np.inf
-        others = scores if len(mated) == len(scores) else scores[mated]
-        mate_rank_Q[start + mated] = _ranks(others, mate, column)
-        return scores[scores > limit] if num_impostors else np.empty(0)
+        # One pass over the scores; the rows whose best other score beats nothing need no second one.
+        best_other = scores.max(1)
+        best_score_Q[part] = best_other
+        best_score_Q[start + mated] = np.maximum(best_other[mated], mate)
+        mate_score_Q[start + mated] = mate
+        mate_rank_Q[start + mated] = 1
+        beaten = np.flatnonzero(best_other[mated] >= mate)
+        mate_rank_Q[start + mated[beaten]] = _ranks(scores[mated[beaten]], mate[beaten], column[beaten])
+        if not num_impostors:
+            return np.empty(0)
+        above = scores[best_other > limit]
+        return above[above > limit]
 
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         for start in range(0, num_probes, height):
@@ -214,12 +221,11 @@ def _columns(subject_S, probe_subject_Q):
 
 def _ranks(others_QS, mate_Q, column_Q):
     """1-based rank of each row's mate (left out of the scores): after better scores and equal ones before it."""
-    rank_Q = 1 + np.count_nonzero(others_QS >= mate_Q[:, None], axis=1)
-    behind = np.flatnonzero(rank_Q > 1)
-    equal = others_QS[behind] == mate_Q[behind, None]
+    rank_Q = 1 + np.count_nonzero(others_QS > mate_Q[:, None], axis=1)
+    equal_QS = others_QS == mate_Q[:, None]
     # Usually nothing equals the mate; only the rows where something does need the order of the gallery.
-    for row in np.flatnonzero(equal.any(1)):
-        rank_Q[behind[row]] -= np.count_nonzero(equal[row, column_Q[behind[row]] + 1 :])
+    for row in np.flatnonzero(equal_QS.any(1)):
+        rank_Q[row] += np.count_nonzero(equal_QS[row, : column_Q[row]])
     return rank_Q
 
 
