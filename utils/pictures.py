@@ -122,7 +122,8 @@ class Pictures:
         self.log.event(step, "plane", **angles.as_dict())
         self.log.info(
             f"step {step}  plane: own class {angles.intra_mean:.2f} degrees (median {angles.intra_median:.2f}), "
-            f"nearest other class {angles.inter_nearest:.2f} (least {angles.inter_min:.2f}), accuracy {angles.accuracy:.4f}"
+            f"nearest other class {angles.inter_nearest:.2f} (least {angles.inter_min:.2f}), "
+            f"accuracy {angles.accuracy:.4f}"
         )
         return angles
 
