@@ -50,13 +50,15 @@ for line in sys.stdin:
 """
 
 OPEN_INDEX = """
-import resource, sys, time
+import sys, time
 {load}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # ru_maxrss would still hold the parent's size
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+before = peak()
 started = time.perf_counter()
 reader = recordio.MXIndexedRecordIO(sys.argv[1], sys.argv[2], "r")
 seconds = time.perf_counter() - started
-print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, len(reader.keys))
+print(seconds, (peak() - before) / 1024, len(reader.keys))
 """
 
 
