@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
+from utils.head_weights import read_head
 from utils.weights import load_state, read_state
 
 
@@ -15,7 +16,8 @@ def load_initial(
 
     Args:
         backbone_path: anything ``utils.weights.read_state`` reads, or a run directory (its ``backbone.pdparams``).
-        head_path: class centres, ``.npy`` [C, D] or a file whose one 2-D array has that shape.
+        head_path: class centres [C, D], anything ``utils.head_weights.read_head`` reads: one file, the shards of
+            several ranks, a checkpoint of ours, a folder that tools/convert.py made.
         freeze: leading parts of parameter names (``layer1`` means ``layer1`` and ``layer1.…``).
 
     Raises:
@@ -41,15 +43,11 @@ def load_initial(
 
 
 def _load_head(head, path: Path) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"init.head: {path}: no such file")
-    if path.suffix == ".npy":
-        candidates = [np.load(path, allow_pickle=False)]
-    else:
-        candidates = [array for array in read_state(path).values() if array.ndim == 2]
+    weight = read_head(path)["weight"]
     shape = (head.shard.num_classes, head.embedding_size)
-    fitting = [array for array in candidates if array.shape == shape]
-    if len(fitting) != 1:
-        found = ", ".join(str(list(array.shape)) for array in candidates[:3]) or "none"
+    if weight.shape != shape:
+        found = list(weight.shape)
         raise UserError(f"init.head: {path}: class centres of shape {list(shape)} were expected, found {found}")
-    head.weight.set_value(np.ascontiguousarray(fitting[0][head.shard.start : head.shard.stop], np.float32))
+    head.weight.set_value(np.ascontiguousarray(weight[head.shard.start : head.shard.stop]))
