@@ -328,7 +328,7 @@ def test_later_duplicate_wins_as_in_mxnet(tmp_path):
 
 
 def test_large_index_opens_fast_and_small(tmp_path):
-    """5.9 million lines in 1 s and 150 MB is the promise; a tenth of it here, in its own process, 3 times the time."""
+    """5.9 million lines in 1 s and 150 MB is the promise; a tenth of it here, in CPU time."""
     import subprocess
     import sys
 
@@ -336,19 +336,20 @@ def test_large_index_opens_fast_and_small(tmp_path):
     offsets = np.arange(count, dtype=np.int64) * 9000
     (tmp_path / "a.idx").write_text("".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets.tolist())))
     script = (
-        "import resource, sys, time, mxnet_reader.index as index, numpy\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "started = time.perf_counter(); table, whole = index.read_index(sys.argv[1])\n"
-        "place = table.place(table.row(123456)); seconds = time.perf_counter() - started\n"
-        "print(len(table), place[0], seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+        "import sys, time, mxnet_reader.index as index, numpy\n"
+        "def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])\n"
+        "before = peak()\n"
+        "started = time.process_time(); table, whole = index.read_index(sys.argv[1])\n"
+        "place = table.place(table.row(123456)); seconds = time.process_time() - started\n"
+        "print(len(table), place[0], seconds, (peak() - before) / 1024)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "a.idx"], capture_output=True, text=True, check=True
     )
     rows, offset, seconds, mebibytes = map(float, done.stdout.split())
     assert (rows, offset) == (count, 123456 * 9000)
-    assert seconds < 0.3
-    assert mebibytes < 40
+    assert seconds < 0.6
+    assert 9 <= mebibytes < 25  # the arrays alone are 9
 
 
 def test_index_of_many_shapes():
