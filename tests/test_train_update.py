@@ -189,7 +189,7 @@ def test_average_is_what_is_verified_and_kept_as_best(tmp_path, monkeypatch):
 
 def test_a_spike_names_the_records(tmp_path):
     run = build(tmp_path)
-    image, label = take(run, 1)[0]
+    take(run, 1)
     run.batch_keys = run.loader.last_keys
     for _ in range(40):
         run.spikes.observe(1.0 + 0.01 * np.random.default_rng(0).normal())

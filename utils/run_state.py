@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import time
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,8 @@ def restore(run: Run, meta: dict) -> None:
     for each in fields(Progress):
         setattr(run.progress, each.name, meta["progress"][each.name])
     run.progress.stopped_early = False
+    if Path(meta["path"]).resolve().parent == run.writer.folder.resolve():
+        run.writer.last_step = meta["step"]  # a run that was over need not save again
 
 
 def load_layer(layer: paddle.nn.Layer, arrays: dict[str, np.ndarray], source: str) -> None:
