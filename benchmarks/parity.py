@@ -104,7 +104,7 @@ def run_ours(folder: Path) -> None:
 def compare(folder: Path, num_ranks: int) -> dict:
     """Both sides on so many ranks; the case for the report."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PADDLE_")}
-    environment |= {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
+    environment |= {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(num_ranks), "--log_dir", str(folder / "log")]
     ours = [sys.executable, *(launch if num_ranks > 1 else []), __file__, "--child", str(folder)]
     _run([ours], {**environment, "PADDLE_DISTRI_BACKEND": "gloo"})

@@ -89,7 +89,8 @@ def main() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[4]}
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     plan = json.loads((folder / "plan.json").read_text())
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     state = {name: torch.tensor(value) for name, value in np.load(folder / f"init_{world_size}.npz").items()}
     whole = state.pop("head.weight")
     backbone = IResNet((2, 2, 2, 2), plan["width"], plan["embedding_size"])
