@@ -24,6 +24,7 @@ class CPUPReLU(PyLayer):
 
     @staticmethod
     def forward(ctx, x, weight):
+        ctx.frozen = x.stop_gradient, weight.stop_gradient
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         output = paddle.empty_like(x)
@@ -60,13 +61,15 @@ class CPUPReLU(PyLayer):
             np.right_shift(mask_KP, x_BCP.itemsize * 8 - 1, out=mask_KP)
             np.bitwise_and(mask_KP, grad_KP.view(signed), out=mask_KP)
             negative_KP = mask_KP.view(x_BCP.dtype)  # the gradient where x <= 0, zero elsewhere
-            np.multiply(negative_KP, x_KP, out=work_KP)
+            np.minimum(x_KP, 0, out=work_KP)
+            np.multiply(work_KP, grad_KP, out=work_KP)
             sum_C[part] += work_KP.sum(axis=1)
             np.subtract(grad_KP, negative_KP, out=output_KP)
             np.multiply(negative_KP, weight_C1[part], out=negative_KP)
             np.add(output_KP, negative_KP, out=output_KP)
         total_C = sum_C if weight.shape[0] == len(sum_C) else sum_C.sum(keepdims=True)
-        return grad_x, paddle.to_tensor(total_C.astype(x_BCP.dtype), place=x.place)
+        grad_weight = paddle.to_tensor(total_C.astype(x_BCP.dtype), place=x.place)
+        return tuple(None if frozen else each for frozen, each in zip(ctx.frozen, (grad_x, grad_weight), strict=True))
 
 
 def _memory(tensor: paddle.Tensor) -> np.ndarray:

@@ -41,29 +41,26 @@ def batch_norm(num_features: int, data_format: str = "NCHW", epsilon: float = BN
     return nn.BatchNorm2D(num_features, momentum=BN_MOMENTUM, epsilon=epsilon, data_format=data_format)
 
 
-def batch_norm_1d(num_features: int, epsilon: float = BN_EPSILON, frozen_scale: bool = False) -> nn.BatchNorm1D:
-    """Batch norm of embeddings [B, D]; ``frozen_scale`` keeps the scale at 1, out of training (trap 26)."""
-    layer = (FrozenScaleBatchNorm1D if frozen_scale else nn.BatchNorm1D)(
-        num_features, momentum=BN_MOMENTUM, epsilon=epsilon
-    )
-    if frozen_scale:
-        layer.weight.stop_gradient = True
-    return layer
+class FrozenScaleNorm(nn.BatchNorm1D):
+    """Batch norm of embeddings [B, D] whose scale stays 1, out of training (trap 26)."""
 
-
-class FrozenScaleBatchNorm1D(nn.BatchNorm1D):
-    """Batch norm whose scale takes no part in training but whose shift does.
-
-    Paddle gives the shift no gradient where the scale wants none, so the operator sees a copy that wants one.
-    """
+    def __init__(self, num_features: int, **options):
+        super().__init__(num_features, **options)
+        self.weight.stop_gradient = True
 
     def forward(self, x):
-        weight = self.weight * 1.0
-        weight.stop_gradient = not self.training
-        return F.batch_norm(
-            x, self._mean, self._variance, weight, self.bias, self.training, self._momentum, self._epsilon,
-            self._data_format, self._use_global_stats,
-        )  # fmt: skip
+        if not self.training and not (paddle.in_dynamic_mode() and paddle.is_grad_enabled()):
+            return super().forward(x)
+        # Paddle gives the shift of a batch norm no gradient where its scale has none, so both stand outside here.
+        ones, zeros = paddle.ones_like(self.weight), paddle.zeros_like(self.bias)
+        normal = F.batch_norm(x, self._mean, self._variance, ones, zeros, self.training, self._momentum, self._epsilon)
+        return normal * self.weight + self.bias
+
+
+def batch_norm_1d(num_features: int, epsilon: float = BN_EPSILON, frozen_scale: bool = False) -> nn.BatchNorm1D:
+    """Batch norm of embeddings [B, D]; ``frozen_scale`` keeps the scale at 1, out of training."""
+    kind = FrozenScaleNorm if frozen_scale else nn.BatchNorm1D
+    return kind(num_features, momentum=BN_MOMENTUM, epsilon=epsilon)
 
 
 def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
