@@ -131,7 +131,7 @@ def test_libgomp_is_the_only_library_that_is_missing():
 
 
 def execute(name: str, folder: Path, python: Path, run) -> int:
-    """Interpret a Dockerfile: ``/opt/arcface`` is ``folder``, ``python`` the base image's; ``run`` gets the RUN steps."""
+    """Interpret a Dockerfile: ``/opt/arcface`` is ``folder``, ``python`` the base image's; RUN steps go to ``run``."""
     environment = {"PATH": f"{python.parent}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": str(folder)}
     environment |= {
         key: value
