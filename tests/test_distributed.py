@@ -21,6 +21,10 @@ assert d.broadcast(paddle.to_tensor([float(rank)]), src=world - 1).item() == wor
 assert d.all_gather_object({"r": rank, "pad": "x" * rank * 7}) == [{"r": r, "pad": "x" * r * 7} for r in range(world)]
 assert d.broadcast_object(f"from {rank}", src=0) == "from 0"
 assert d.any_rank(rank == world - 1) and not d.any_rank(False)
+parameter = paddle.create_parameter([3], "float32")
+(parameter * float(rank + 1)).sum().backward()
+d.average_gradients([parameter])
+assert np.allclose(parameter.grad.numpy(), (world + 1) / 2)
 d.raise_together(None)
 try:
     d.raise_together(UserError("boom") if rank == world - 1 else None)

@@ -107,6 +107,14 @@ def broadcast(tensor: paddle.Tensor, src: int = 0) -> paddle.Tensor:
     return output
 
 
+def average_gradients(parameters: list[paddle.Tensor]) -> None:
+    """Replace each parameter's gradient by its mean over ranks, many of them in one message."""
+    if get_world_size() > 1:
+        from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
+
+        fused_allreduce_gradients(parameters, None)
+
+
 def all_gather_object(value: object) -> list:
     """Small picklable values of all ranks in rank order (between our own processes only, never from files)."""
     if get_world_size() == 1:

@@ -54,9 +54,7 @@ class Replica:
     def finish_backward(self) -> None:
         """After the last micro-batch's backward."""
         if self._average_later:
-            from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
-
-            fused_allreduce_gradients([p for p in self.backbone.parameters() if not p.stop_gradient], None)
+            distributed.average_gradients([p for p in self.backbone.parameters() if not p.stop_gradient])
 
     def finish_update(self, skipped: bool) -> None:
         """Running means and variances become their mean over ranks, so that all ranks hold one and the same backbone.
