@@ -280,8 +280,7 @@ _FREE = "data.augment."  # below it the names are those of utils/augment.py, che
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply ``section.key=value`` overrides, check everything.
 
-    ``path`` None takes the defaults alone; the value of an override (``optim.lr=0.02``) is parsed as YAML. Raises
-    ConfigError where the file cannot be read, a key is unknown or a value does not fit.
+    Without ``path`` the defaults; an override is ``optim.lr=0.02``, its value YAML. ConfigError if something is wrong.
     """
     tree: Any = {}
     if path is not None:
