@@ -5,7 +5,8 @@
 iresnet18 with a narrow stem at 64x64, 500 classes, ``sample_rate`` 1, dense update, ``gradient="straight_through"``,
 float32: same initial weights, same batches, same learning rates. Ours goes through ``train.build`` and
 ``train.update``, the peer is ``benchmarks/peer_train.py``. The two differ in rounding only; the largest relative
-difference of the loss over all updates must stay below 1e-3.
+difference of the loss over all updates must stay below 1e-3. The learning rate is small because training is chaotic:
+at 0.02 the first five updates agree to 1e-6 as well, but rounding has grown to 3e-2 of the loss by the twentieth.
 """
 
 import argparse
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
