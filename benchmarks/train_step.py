@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--networks", nargs="+", default=["iresnet18", "iresnet50"])
-    parser.add_argument("--batch", type=int, default=16, help="images a rank")
+    parser.add_argument("--batch", type=int, default=8, help="images a rank")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each side, after two that are not")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--child", nargs=2, metavar=("NETWORK", "BATCH"), help=argparse.SUPPRESS)
