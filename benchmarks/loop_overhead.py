@@ -61,9 +61,12 @@ def child(kind: str, folder: Path, width: int, updates: int) -> None:
             run.optimizer.clear_grad()
 
     def whole(count: int) -> None:
+        run.loader.load_state_dict(run.loader.state_dict())  # the next iteration goes on where the last one stood
+        before = run.progress.step
         run.schedule = dataclasses.replace(run.schedule, total_steps=run.progress.step + count)
         train.train(run)
         run.watchdog = type(run.watchdog)(run.config.run.output, 0, 1)
+        assert run.progress.step == before + count
 
     work = {"ours": whole, "bare": bare}[kind]
     work(5)
@@ -80,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--updates", type=int, default=200, help="updates of a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=32, help="stem width of the network")
+    parser.add_argument("--width", type=int, default=8, help="stem width of the network")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
