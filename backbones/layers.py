@@ -50,7 +50,8 @@ class FrozenScaleNorm(nn.BatchNorm1D):
 
     def forward(self, x):
         if not self.training and not (paddle.in_dynamic_mode() and paddle.is_grad_enabled()):
-            return super().forward(x)
+            options = {"training": False, "momentum": self._momentum, "epsilon": self._epsilon}
+            return F.batch_norm(x, self._mean, self._variance, self.weight, self.bias, **options)
         # Paddle gives the shift of a batch norm no gradient where its scale has none, so both stand outside here.
         ones, zeros = paddle.ones_like(self.weight), paddle.zeros_like(self.bias)
         normal = F.batch_norm(x, self._mean, self._variance, ones, zeros, self.training, self._momentum, self._epsilon)
