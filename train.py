@@ -56,8 +56,8 @@ def build(config: Config) -> Run:
         paddle.seed(run.seed)
         backbone = build_backbone(model.network, **model.kwargs())
         verification = None
-        if config.verify.sets:
-            verification = Verification(config.verify.root or data.root, config.verify.sets, config.verify.batch_size)
+        if (wanted := config.verify).sets:
+            verification = Verification(wanted.root or data.root, wanted.sets, wanted.batch_size, model.input_size)
     expected = {"network": model.network, "num_classes": num_classes, "embedding_size": model.embedding_size}
     resume = find_resume(run.output, config.checkpoint.resume, expected)
     batch_size, accumulation, batch_note = fit_batch(resume, run.batch_size, run.accumulation, world_size)

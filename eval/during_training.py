@@ -11,11 +11,11 @@ from utils.errors import UserError
 class LazySets(Mapping):
     """name -> (images, same) of ``.bin`` files, decoded on access and not kept: a rank holds one set at a time."""
 
-    def __init__(self, paths: dict[str, Path]):
-        self._paths = paths
+    def __init__(self, paths: dict[str, Path], size: int):
+        self._paths, self._size = paths, size
 
     def __getitem__(self, name: str):
-        return load_bin(self._paths[name])
+        return load_bin(self._paths[name], (self._size, self._size))
 
     def __iter__(self):
         return iter(self._paths)
@@ -31,12 +31,13 @@ class Verification:
         root: folder of the sets.
         names: ``<root>/<name>.bin``, or paths of ``.bin`` files.
         batch_size: images at a time.
+        input_size: height and width of the network's input, which all images are brought to.
 
     Raises:
         UserError: a set is missing (all that are missing are named), or is no pair set.
     """
 
-    def __init__(self, root: str | Path, names: tuple[str, ...], batch_size: int = 64):
+    def __init__(self, root: str | Path, names: tuple[str, ...], batch_size: int, input_size: int):
         paths = {}
         for name in names:
             path = Path(name) if name.endswith(".bin") else Path(root) / f"{name}.bin"
@@ -47,23 +48,16 @@ class Verification:
                 f"verify.sets: {', '.join(missing)} missing; put them there, set verify.root, or drop them from "
                 "verify.sets"
             )
-        self.sets, self.batch_size = LazySets(paths), batch_size
+        self.sets, self.batch_size = LazySets(paths, input_size), batch_size
         for name in self.sets:  # a set that cannot be read ends the run now, not at the first verification
             self.sets[name]
 
     def __call__(self, backbone) -> dict[str, dict[str, float]]:
-        """Figures by set, the same on all ranks. All ranks call it; the backbone's mode is put back."""
+        """Figures by set, the same on all ranks. All ranks call it; every part of the backbone keeps its mode."""
         from eval.verification import verify  # here, because it brings matplotlib along
 
-        was_training = backbone.training
-        backbone.eval()
-        try:
-            results = verify(backbone, self.sets, batch_size=self.batch_size)
-        finally:
-            if was_training:
-                backbone.train()
         figures = {}
-        for name, result in results.items():
+        for name, result in verify(backbone, self.sets, batch_size=self.batch_size).items():
             metrics = dataclasses.asdict(result.metrics)
             wanted = ("accuracy", "accuracy_std", "val", "far", "auc", "eer", "threshold")
             figures[name] = {key: float(metrics[key]) for key in wanted}

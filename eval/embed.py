@@ -123,7 +123,7 @@ def load_embedder(model, network: str | None = None, engine: str = "auto", batch
         running = _first_that_works(("onnx",), _existing(model), num_threads or default_threads())
         raw_pixels = wants_raw_pixels(model)
         return Embedder(
-            running, running.input_size, running.embedding_size, batch_size, running.in_channels, raw_pixels
+            running, running.input_size, running.embedding_size, batch_size, running.in_channels, raw_pixels, model
         )
     is_layer = not isinstance(model, str | os.PathLike)
     if is_layer:

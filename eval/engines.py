@@ -11,6 +11,8 @@ import numpy as np
 import paddle
 from paddle.base import core
 
+from utils.modes import evaluating
+
 ENGINES = ("dynamic", "static", "predictor", "onnx")
 OPSET = 15  # the lowest that covers what the backbones use, so that old runtimes read the files
 
@@ -28,17 +30,27 @@ class DynamicEngine:
         """[B, 3, H, W] -> [B, D]."""
         if self.num_threads:
             core.set_num_threads(self.num_threads)
-        training = [part for part in self.layer.sublayers(include_self=True) if part.training]
-        self.layer.eval()
-        try:
-            with paddle.no_grad():
-                return self._forward(paddle.to_tensor(image_BCHW)).astype("float32").numpy()
-        finally:
-            for part in training:
-                part.training = True
+        with evaluating(self.layer):
+            return self._forward(paddle.to_tensor(image_BCHW)).astype("float32").numpy()
 
     def _forward(self, image):
         return self.layer(image)
+
+
+class _CopyOut(paddle.nn.Layer):
+    """``layer`` and a copy of its result.
+
+    Under oneDNN Paddle 3 replaces the operations it takes in place and keeps pointers to the outputs of those that
+    were there: a program that ends in one (a batch norm, say) reads freed memory and crashes now and then. It never
+    takes a copy.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, image):
+        return paddle.assign(self.layer(image))
 
 
 class StaticEngine(DynamicEngine):
@@ -48,11 +60,9 @@ class StaticEngine(DynamicEngine):
 
     def __init__(self, layer, num_threads: int | None = None):
         super().__init__(layer, num_threads)
-        layer_mode = [(part, part.training) for part in layer.sublayers(include_self=True)]
-        layer.eval()
-        self._compiled = paddle.jit.to_static(layer.forward, input_spec=[image_spec(layer)], full_graph=True)
-        for part, training in layer_mode:
-            part.training = training
+        self._whole = _CopyOut(layer)  # kept: what is compiled holds it weakly
+        self._whole.training = False
+        self._compiled = paddle.jit.to_static(self._whole.forward, input_spec=[image_spec(layer)], full_graph=True)
         self._on_cpu = paddle.get_device() == "cpu"
 
     def _forward(self, image):
@@ -153,13 +163,8 @@ def image_spec(layer) -> paddle.static.InputSpec:
 
 def save_inference_model(layer, prefix: str | Path) -> Path:
     """Write ``layer`` in evaluation mode as a Paddle inference model with a free batch size; returns ``prefix``."""
-    layer_mode = [(part, part.training) for part in layer.sublayers(include_self=True)]
-    layer.eval()
-    try:
+    with evaluating(layer):
         paddle.jit.save(layer, str(prefix), input_spec=[image_spec(layer)])
-    finally:
-        for part, training in layer_mode:
-            part.training = training
     return Path(prefix)
 
 

@@ -1,31 +1,27 @@
 """Embeddings of a template protocol: read, align, embed, keep on disk, go on after an interruption.
 
 Legend: N images, D embedding size. Stored as float32 [N, 2, D]: the raw embedding and that of the mirror image, in the
-order of the image list. Beside ``F.npy`` stands ``F.npy.json`` (which images, which weights); until it is complete the
-file is called ``F.npy.part``.
+order of the image list. Beside ``F.npy`` stands ``F.npy.json``: which images, which weights.
 """
 
 import hashlib
 import json
 import os
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from eval.embed import RUN_FILES, Embedder
-from eval.progress import progress
 from eval.protocols import TemplateProtocol, read_image
 from eval.report import write_json
+from eval.stream import embed_to_file
+from utils import distributed
 from utils.align import align_face
 from utils.errors import UserError
 
-_SAVE_SECONDS = 10.0
-_BATCHES_AHEAD = 3
+CHUNK = 512  # images between two savings; a cache goes on at any batch size
 
 
 def weights_digest(model: str, which: str = "last") -> str:
@@ -34,75 +30,66 @@ def weights_digest(model: str, which: str = "last") -> str:
     path = path / RUN_FILES[which] if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def protocol_features(
     protocol: TemplateProtocol,
     load: Callable[[], Embedder] | None,
     model: str | None,
-    path: Path | None = None,
-    batch_size: int = 64,
+    path: Path,
     num_threads: int | None = None,
     replace: bool = False,
 ) -> np.ndarray:
     """Features of every image of the protocol, [N, 2, D] float32, from ``path`` as far as they are there.
 
+    Every rank enters, the ranks share what is left to embed, and must see the same folder.
+
     Args:
         protocol: images, landmarks.
         load: makes the embedder; called only if something is left to embed. None: everything must be in ``path``.
         model: digest of the weights; None accepts those the file was made with.
-        path: the cache; None keeps the features in memory.
+        path: the cache.
         num_threads: threads that read and align; None: one a core.
         replace: a cache of other images or weights is made anew (said on stderr) instead of being an error.
 
     Raises:
         UserError: the cache is of other images or weights, an image cannot be read, an embedding is not finite.
     """
-    if path is None:
-        embedder = load()
-        feature_N2D = np.empty((len(protocol.image_N), 2, embedder.embedding_size), np.float32)
-        for _ in _fill(feature_N2D, 0, protocol, embedder, batch_size, num_threads):
-            pass
-        return feature_N2D
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; --features names a file, for example {path / 'features.npy'}")
-    record_path, part = Path(f"{path}.json"), Path(f"{path}.part")
-    wanted = {"images": _images_digest(protocol), "num_images": len(protocol.image_N), "model": model}
-    record = _read_record(record_path)
-    if record is not None and (path.is_file() or part.is_file()):
-        try:
-            _check_record(path, record, wanted)
-        except UserError as error:
-            if not replace:
-                raise
-            print(f"made anew: {error}", file=sys.stderr)
-            record = None
-            for old in (path, part):
-                old.unlink(missing_ok=True)
-    if path.is_file():
-        return _open_complete(path, len(protocol.image_N))
-    if load is None:
-        raise UserError(f"{path}: no complete features there; give --model to make them")
-    embedder = load()
-    shape = (len(protocol.image_N), 2, embedder.embedding_size)
-    done = record["done"] if record is not None and part.is_file() else 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    feature_N2D = _open_partial(part, shape, resume=done > 0)
-    saved = time.monotonic()
+    path, record_path = Path(path), Path(f"{path}.json")
+    images = _Images(protocol)
+    wanted = {"images": images.digest(), "num_images": len(images), "model": model}
+    failure, complete, embedder = None, False, None
     try:
-        for finished in _fill(feature_N2D, done, protocol, embedder, batch_size, num_threads):
-            done = finished
-            if time.monotonic() - saved > _SAVE_SECONDS:
-                _save(feature_N2D, record_path, wanted, done)
-                saved = time.monotonic()
-    finally:
-        _save(feature_N2D, record_path, wanted, done)
-    del feature_N2D
-    part.replace(path)
-    return _open_complete(path, len(protocol.image_N))
+        if distributed.get_rank() == 0:
+            complete = _complete(path, record_path, wanted, replace)
+    except (OSError, ValueError) as error:
+        failure = error
+    distributed.raise_together(failure)
+    if not distributed.broadcast_object(complete):
+        try:
+            if load is None:
+                raise UserError(f"{path}: no complete features there; give --model to make them")
+            embedder = load()
+            images.size = embedder.input_size
+            if distributed.get_rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(record_path, wanted)
+        except (OSError, ValueError) as error:
+            failure = error
+        distributed.raise_together(failure)
+        try:
+            embed_to_file(embedder, images, path, flip="both", key=wanted["images"], chunk=CHUNK,
+                          num_threads=num_threads or os.cpu_count(), name_of=images.name)  # fmt: skip
+        except Exception:
+            if distributed.get_rank() == 0 and not _part(path).is_file():
+                record_path.unlink(missing_ok=True)
+            raise
+    return _open(path, len(images))
 
 
 def aligned_image(protocol: TemplateProtocol, index: int, size: int) -> np.ndarray:
@@ -116,54 +103,48 @@ def aligned_image(protocol: TemplateProtocol, index: int, size: int) -> np.ndarr
         raise UserError(f"{path}: {error}") from error
 
 
-def _fill(feature_N2D, done, protocol, embedder, batch_size, num_threads) -> Iterator[int]:
-    """Embed images ``done`` and on into their rows; yields how many are done after each batch."""
-    num_images, size = len(protocol.image_N), embedder.input_size
-    starts = deque(range(done, num_images, batch_size))
-    waiting: deque = deque()
-    with (
-        ThreadPoolExecutor(num_threads or os.cpu_count()) as threads,
-        progress("embed", num_images, done) as advance,
-    ):
-        while starts or waiting:
-            while starts and len(waiting) < _BATCHES_AHEAD:
-                start = starts.popleft()
-                indices = range(start, min(start + batch_size, num_images))
-                waiting.append((start, [threads.submit(aligned_image, protocol, index, size) for index in indices]))
-            start, images = waiting.popleft()
-            try:
-                batch = np.stack([image.result() for image in images])
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
+class _Images:
+    """The protocol's images as a sequence, aligned to ``size``."""
+
+    def __init__(self, protocol: TemplateProtocol):
+        self.protocol, self.size = protocol, 0
+
+    def __len__(self) -> int:
+        return len(self.protocol.image_N)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return aligned_image(self.protocol, index, self.size)
+
+    def name(self, index: int) -> Path:
+        return self.protocol.image_dir / self.protocol.image_N[index]
+
+    def digest(self) -> str:
+        """Of names and landmarks: what decides the embeddings, given the weights and the files."""
+        digest = hashlib.sha256("\n".join(self.protocol.image_N).encode())
+        if self.protocol.landmark_N52 is not None:
+            digest.update(np.ascontiguousarray(self.protocol.landmark_N52).tobytes())
+        return digest.hexdigest()
+
+
+def _part(path: Path) -> Path:
+    return Path(f"{path}.part")
+
+
+def _complete(path: Path, record_path: Path, wanted: dict, replace: bool) -> bool:
+    """Whether ``path`` holds all features that are wanted; what is there of other work is an error or is removed."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; --features names a file, for example {path / 'features.npy'}")
+    record = _read_record(record_path)
+    if record is not None and (path.is_file() or _part(path).is_file()):
+        try:
+            _check_record(path, record, wanted)
+        except UserError as error:
+            if not replace:
                 raise
-            rows = feature_N2D[start : start + len(batch)]
-            rows[:, 0], rows[:, 1] = embedder(batch), embedder(batch, flip=True)
-            finite = np.isfinite(rows).all((1, 2))
-            if not finite.all():
-                bad = protocol.image_N[start + int(np.flatnonzero(~finite)[0])]
-                raise UserError(f"{protocol.image_dir / bad}: its embedding holds NaN or infinity; check the weights")
-            advance(len(batch))
-            yield start + len(batch)
-
-
-def _images_digest(protocol: TemplateProtocol) -> str:
-    """Of names and landmarks: what decides the embeddings, given the weights and the files."""
-    digest = hashlib.sha256("\n".join(protocol.image_N).encode())
-    if protocol.landmark_N52 is not None:
-        digest.update(np.ascontiguousarray(protocol.landmark_N52).tobytes())
-    return digest.hexdigest()
-
-
-def _digest(file) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _save(feature_N2D, record_path: Path, wanted: dict, done: int) -> None:
-    feature_N2D.flush()
-    write_json(record_path, {**wanted, "done": done})
+            print(f"made anew: {error}", file=sys.stderr)
+            for old in (path, _part(path)):
+                old.unlink(missing_ok=True)
+    return path.is_file()
 
 
 def _read_record(path: Path) -> dict | None:
@@ -171,7 +152,7 @@ def _read_record(path: Path) -> dict | None:
         return None
     try:
         record = json.loads(path.read_text())
-        if not {"images", "num_images", "model", "done"} <= set(record) or not isinstance(record["done"], int):
+        if not {"images", "num_images", "model"} <= set(record):
             raise ValueError("keys are missing")
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not a record of features ({error}); delete it and the features beside it") from None
@@ -188,19 +169,7 @@ def _check_record(path: Path, record: dict, wanted: dict) -> None:
         raise UserError(f"{path}: made by other weights; name another --features file or delete this one")
 
 
-def _open_partial(part: Path, shape: tuple[int, int, int], resume: bool) -> np.memmap:
-    if not resume:
-        return np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-    try:
-        feature_N2D = np.lib.format.open_memmap(part, mode="r+")
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{part}: cannot be resumed ({error}); delete it to start again") from None
-    if feature_N2D.shape != shape or feature_N2D.dtype != np.float32:
-        raise UserError(f"{part}: {feature_N2D.dtype} {feature_N2D.shape}, not {shape}; delete it to start again")
-    return feature_N2D
-
-
-def _open_complete(path: Path, num_images: int) -> np.ndarray:
+def _open(path: Path, num_images: int) -> np.ndarray:
     try:
         feature_N2D = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -302,15 +302,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    """Command line, one process."""
+    """Command line; under ``paddle.distributed.launch`` the ranks share the embedding, rank 0 judges and reports."""
     args = _arguments(argv)
     distributed.init(args.device)
-    if distributed.get_world_size() > 1:
-        raise UserError("eval/ijb.py runs in one process; start it without the launcher")
-    protocol = read_ijb(args.image_path, args.target) if args.protocol is None else read_csv_protocol(args.protocol)
-    print(f"{protocol.name}: {len(protocol.image_N):,} images, {len(np.unique(protocol.template_N)):,} templates, "
-          f"{len(protocol.same_P):,} pairs ({int(protocol.same_P.sum()):,} genuine)", flush=True)  # fmt: skip
-    digest = None if args.model is None else weights_digest(args.model, args.which)
+    protocol, digest, failure = None, None, None
+    try:
+        protocol = read_ijb(args.image_path, args.target) if args.protocol is None else read_csv_protocol(args.protocol)
+        digest = None if args.model is None else weights_digest(args.model, args.which)
+    except (OSError, ValueError) as error:
+        failure = error
+    distributed.raise_together(failure)
+    if distributed.get_rank() == 0:
+        print(f"{protocol.name}: {len(protocol.image_N):,} images, {len(np.unique(protocol.template_N)):,} templates, "
+              f"{len(protocol.same_P):,} pairs ({int(protocol.same_P.sum()):,} genuine)", flush=True)  # fmt: skip
 
     def load():
         return load_embedder(args.model, args.network, args.engine, args.batch_size, which=args.which)
@@ -322,10 +326,11 @@ def main(argv: list[str] | None = None) -> None:
         None if args.model is None else load,
         digest,
         args.features or folder / "features.npy",
-        args.batch_size,
         args.num_threads,
         replace=args.features is None,
     )
+    if distributed.get_rank() != 0:
+        return
     chosen = Setting(args.use_norm_score, args.use_detector_score, args.use_flip_test)
     result = evaluate_templates(protocol, feature_N2D, chosen)
     every = {str(chosen): result.table}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +20,17 @@ from eval.embed import Embedder
 from eval.progress import progress
 from utils import distributed
 from utils.errors import UserError
+
+
+def _both(embedder: Embedder, image_NHWC: np.ndarray) -> np.ndarray:
+    return np.stack([embedder(image_NHWC), embedder(image_NHWC, flip=True)], axis=1)
+
+
+FLIPS = {
+    "none": lambda embedder, image_NHWC: embedder(image_NHWC),
+    "add": lambda embedder, image_NHWC: embedder(image_NHWC) + embedder(image_NHWC, flip=True),
+    "both": _both,
+}
 
 
 def embed_to_file(
@@ -32,6 +43,7 @@ def embed_to_file(
     chunk: int = 512,
     num_threads: int = 4,
     show_progress: bool = True,
+    name_of: Callable[[int], object] = "image {}".format,
 ) -> np.ndarray:
     """Embed ``images`` into ``output``; every rank enters. The ranks must see the same folder.
 
@@ -39,22 +51,25 @@ def embed_to_file(
         images: ``len`` and ``[i]`` -> uint8 RGB [H, W, 3] of the embedder's input size; called from several threads,
             one chunk ahead of the network.
         output: ``.npy`` file, float32 [N, D], raw embeddings. It appears when all is done.
-        flip: ``none``; ``add``: embedding plus that of the mirror image.
+        flip: ``none``; ``add``: embedding plus that of the mirror image; ``both``: the two apart, [N, 2, D].
         key: what the images are (a digest of their paths, say); a partial file of another key is not resumed.
         chunk: images loaded at once.
         num_threads: threads that load images.
         show_progress: a line with rate and time left, on rank 0's stderr.
+        name_of: what to call image i in an error.
 
     Returns:
         The file's rows, memory-mapped, read-only.
 
     Raises:
-        UserError: on every rank, if one of them fails; chunks that are finished are kept for the next run.
+        UserError: on every rank, if one of them fails (an embedding that is not finite included); chunks that are
+            finished are kept for the next run.
     """
-    if flip not in ("none", "add"):
-        raise ValueError(f"flip {flip!r}: choose none or add")
+    if flip not in FLIPS:
+        raise ValueError(f"flip {flip!r}: choose {', '.join(FLIPS)}")
     output = Path(output)
-    work = _Partial(output, len(images), embedder.embedding_size, chunk, [flip, key, embedder.identity])
+    row = (2, embedder.embedding_size) if flip == "both" else (embedder.embedding_size,)
+    work = _Partial(output, len(images), row, chunk, [flip, key, embedder.identity])
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     _together(work.prepare if rank == 0 else None)
     # One list for all: a rank that looks later would see chunks that others have finished meanwhile.
@@ -70,11 +85,12 @@ def embed_to_file(
             for position, index in enumerate(todo):
                 batch = [future.result() for future in coming]
                 coming = _load(pool, images, work.rows(todo[position + 1])) if position + 1 < len(todo) else None
-                image_NHWC = np.stack(batch)
-                embedding_ND = embedder(image_NHWC)
-                if flip == "add":
-                    embedding_ND += embedder(image_NHWC, flip=True)
-                work.write(index, embedding_ND)
+                embedding = FLIPS[flip](embedder, np.stack(batch))
+                finite = np.isfinite(embedding.reshape(len(batch), -1)).all(1)
+                if not finite.all():
+                    bad = name_of(work.rows(index)[int(np.argmin(finite))])
+                    raise UserError(f"{bad}: its embedding holds NaN or infinity; check the weights")
+                work.write(index, embedding)
                 advance(len(batch) * world_size)
     except Exception as error:  # whatever it is, the other ranks wait for this one
         failure = error
@@ -106,12 +122,13 @@ def _load(pool: ThreadPoolExecutor, images: Sequence[np.ndarray], rows: range) -
 class _Partial:
     """``<output>.part`` (the growing .npy file) and ``<output>.done`` (a JSON line, then a byte a chunk)."""
 
-    def __init__(self, output: Path, num_images: int, embedding_size: int, chunk: int, identity: list[str]):
+    def __init__(self, output: Path, num_images: int, row: tuple[int, ...], chunk: int, identity: list[str]):
         self.output = output
         self.part, self.done = (output.with_name(output.name + suffix) for suffix in (".part", ".done"))
-        self.num_images, self.embedding_size, self.chunk = num_images, embedding_size, chunk
+        self.num_images, self.row, self.chunk = num_images, row, chunk
+        self.row_bytes = 4 * math.prod(row)
         self.num_chunks = math.ceil(num_images / chunk)
-        content = {"images": num_images, "size": embedding_size, "chunk": chunk, "identity": identity}
+        content = {"images": num_images, "row": row, "chunk": chunk, "identity": identity}
         self.head = json.dumps(content).encode() + b"\n"
 
     def prepare(self) -> None:
@@ -121,9 +138,9 @@ class _Partial:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.done.unlink(missing_ok=True)
         with open(self.part, "wb") as file:
-            head = {"descr": "<f4", "fortran_order": False, "shape": (self.num_images, self.embedding_size)}
+            head = {"descr": "<f4", "fortran_order": False, "shape": (self.num_images, *self.row)}
             np.lib.format.write_array_header_1_0(file, head)
-            file.truncate(file.tell() + self.num_images * self.embedding_size * 4)
+            file.truncate(file.tell() + self.num_images * self.row_bytes)
         self.done.write_bytes(self.head + bytes(self.num_chunks))
 
     def rows(self, index: int) -> range:
@@ -141,13 +158,13 @@ class _Partial:
         """Images done by an earlier run."""
         return self.num_images - sum(len(self.rows(index)) for index in self.unfinished())
 
-    def write(self, index: int, embedding_ND: np.ndarray) -> None:
+    def write(self, index: int, embedding: np.ndarray) -> None:
         """Put a chunk's rows in place, on disk before its byte is set."""
         with open(self.part, "r+b") as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
-            file.seek(file.tell() + index * self.chunk * self.embedding_size * 4)
-            file.write(embedding_ND.astype("<f4").tobytes())
+            file.seek(file.tell() + index * self.chunk * self.row_bytes)
+            file.write(embedding.astype("<f4").tobytes())
             file.flush()
             os.fsync(file.fileno())
         with open(self.done, "r+b") as file:

@@ -1,5 +1,6 @@
 """Small inputs and a stand-in network for the evaluation tests."""
 
+import hashlib
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,10 @@ class ProjectionEmbedder:
     def __init__(self, fail_after: int | None = None):
         self.matrix = np.random.default_rng(5).normal(size=(144 * 3, self.embedding_size))
         self.calls, self.fail_after = 0, fail_after
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(self.matrix.tobytes()).hexdigest()
 
     def __call__(self, images_NHWC, flip=False):
         self.calls += 1

@@ -147,6 +147,29 @@ def test_a_layer_keeps_its_mode_and_its_later_weights(layer):
         np.testing.assert_allclose(embedder(pictures(2)), before + 1.0, atol=1e-4)
 
 
+MANY_PROGRAMS = """
+import numpy as np
+import paddle
+from eval.engines import StaticEngine
+image = np.random.default_rng(0).standard_normal([2, 3, 8, 8]).astype("float32")
+for _ in range(40):
+    parts = [part for _ in range(4) for part in (paddle.nn.Conv2D(3, 3, 3, padding=1), paddle.nn.BatchNorm2D(3))]
+    layer = paddle.nn.Sequential(*parts)
+    layer.eval()
+    layer.input_size = 8
+    with paddle.no_grad():
+        expected = layer(paddle.to_tensor(image)).numpy()
+    np.testing.assert_allclose(StaticEngine(layer).run(image), expected, atol=1e-4)
+print("all right")
+"""
+
+
+@pytest.mark.oldest
+def test_many_compiled_programs_that_end_in_a_batch_norm_live_in_one_process():
+    """Without the copy at the end Paddle 3.3 crashes here (a process of its own, for that reason)."""
+    assert "all right" in run_ranks(MANY_PROGRAMS, 1)[0]
+
+
 def test_an_error_inside_restores_the_mode():
     layer = Pixels()
     layer.train()

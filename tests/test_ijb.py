@@ -16,6 +16,7 @@ from eval.ijb import ALL_SETTINGS, Setting, evaluate_templates, identify, main
 from eval.metrics import FARS
 from eval.protocols import read_csv_protocol, read_ijb, read_pairs
 from tests.eval_data import ProjectionEmbedder, write_ijb
+from tests.ranks import run_ranks
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,33 +174,62 @@ def test_without_a_name_the_cache_lies_with_the_results_and_follows_the_weights(
     assert not np.array_equal(first, np.load(folder / "out" / "scores.npy"))
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(mini, embedder, capsys):
+def test_an_interrupted_run_goes_on_where_it_stopped(mini, embedder, capsys, monkeypatch):
     folder, arguments, _ = mini
-    main([*arguments, "--batch-size", "5", "--features", str(folder / "whole.npy")])
+    monkeypatch.setattr(features, "CHUNK", 5)
+    main([*arguments, "--features", str(folder / "whole.npy")])
     wanted = np.load(folder / "out" / "scores.npy")
-    embedder.calls, embedder.fail_after = 0, 7  # three batches of five, two passes each, then Ctrl-C
+    embedder.calls, embedder.fail_after = 0, 7  # three chunks of five, two passes each, then Ctrl-C
     cache = folder / "f.npy"
     with pytest.raises(KeyboardInterrupt):
-        main([*arguments, "--batch-size", "5", "--features", str(cache)])
+        main([*arguments, "--features", str(cache)])
     assert not cache.exists()
-    assert json.loads(Path(f"{cache}.json").read_text())["done"] == 15
     embedder.calls, embedder.fail_after = 0, None
     main([*arguments, "--batch-size", "4", "--features", str(cache)])
-    assert embedder.calls == 2 * 6  # the 21 images left, in fours
+    assert embedder.calls == 2 * 5  # the 21 images left, in fives
     np.testing.assert_array_equal(wanted, np.load(folder / "out" / "scores.npy"))
-    assert not Path(f"{cache}.part").exists()
+    assert sorted(path.name for path in folder.glob("f.npy*")) == ["f.npy", "f.npy.json"]
 
 
-def test_batch_size_does_not_matter(mini, embedder):
+def test_batch_size_does_not_matter(mini, embedder, monkeypatch):
     folder, arguments, _ = mini
     scores = []
-    for batch_size in ("1", "7", "64"):
-        main(
-            [*arguments, "--batch-size", batch_size, "--num-threads", "1", "--features", str(folder / f"f{batch_size}")]
-        )
+    for chunk in (1, 7, 64):  # the stand-in takes a chunk as one batch
+        monkeypatch.setattr(features, "CHUNK", chunk)
+        main([*arguments, "--num-threads", "1", "--features", str(folder / f"f{chunk}")])
         scores.append(np.load(folder / "out" / "scores.npy"))
     np.testing.assert_array_equal(scores[0], scores[1])
     np.testing.assert_array_equal(scores[0], scores[2])
+
+
+RANKS = """
+import sys
+from eval import features, ijb
+from tests.eval_data import ProjectionEmbedder
+features.CHUNK = 5
+stand_in = ProjectionEmbedder()
+ijb.load_embedder = lambda *_, **__: stand_in
+try:
+    ijb.main(sys.argv[1:])
+finally:
+    print("calls", stand_in.calls)
+"""
+
+
+@pytest.mark.distributed
+def test_ranks_share_the_embedding_and_fail_together(mini, embedder):
+    folder, arguments, _ = mini
+    main(arguments)
+    alone = [(folder / "out" / name).read_bytes() for name in ("scores.npy", "features.npy")]
+    both = run_ranks(RANKS, 2, args=(*arguments[:-1], folder / "two"))
+    assert [(folder / "two" / name).read_bytes() for name in ("scores.npy", "features.npy")] == alone
+    assert ["calls 8" in text for text in both] == [True, True]  # four of the eight chunks each, two passes
+    assert "FAR used" in both[0] and "FAR used" not in both[1]
+    (folder / "MINI" / "loose_crop" / "5.png").unlink()  # in rank 1's first chunk
+    failed = run_ranks(RANKS, 2, args=(*arguments[:-1], folder / "three"), check=False)
+    assert all("5.png: no such file" in text for text in failed[:2])
+    left = {path.name for path in (folder / "three").iterdir()}  # what a second run goes on from, no result
+    assert left <= {"features.npy.part", "features.npy.done", "features.npy.json"}
 
 
 def edit(path, change):

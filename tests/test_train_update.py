@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import train
+from backbones import build_backbone
+from backbones.layers import FrozenScaleNorm
 from config import load_config
 from utils.checkpoint import list_checkpoints
 from utils.errors import UserError
+from utils.parallel import _synchronise_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIG = """
@@ -147,12 +150,25 @@ def test_frozen_stages_and_initial_weights(tmp_path):
     changed = {
         name for name in tuned.replica.backbone.state_dict() if not np.array_equal(weights(tuned)[name], start[name])
     }
-    parameters = {
-        name for name, _ in tuned.replica.backbone.named_parameters() if not name.endswith(("_mean", "_variance"))
-    }
-    frozen = {name for name in parameters if name.startswith(("conv1.", "layer1."))}
-    assert frozen and not frozen & changed
+    frozen = {name for name in start if name.startswith(("conv1.", "layer1."))}
+    assert any(name.endswith("._mean") for name in frozen)  # a frozen stage keeps its statistics as well
+    assert not frozen & changed
     assert any(name.startswith("layer4.") for name in changed)
+
+
+def test_synchronised_norms_keep_weights_modes_and_the_embedding_norm():
+    backbone = build_backbone("iresnet18", width=4, input_size=32, embedding_size=16)
+    backbone.layer1.eval()
+    before = {name: tensor.numpy() for name, tensor in backbone.state_dict().items()}
+    norms = [name for name, part in backbone.named_sublayers() if isinstance(part, paddle.nn.BatchNorm2D)]
+    modes = [part.training for part in backbone.sublayers()]
+    _synchronise_norms(backbone)
+    parts = dict(backbone.named_sublayers())
+    assert norms and all(type(parts[name]) is paddle.nn.SyncBatchNorm for name in norms)
+    assert type(backbone.features) is FrozenScaleNorm
+    assert [part.training for part in backbone.sublayers()] == modes
+    for name, tensor in backbone.state_dict().items():
+        np.testing.assert_array_equal(tensor.numpy(), before[name])
 
 
 def test_average_is_what_is_verified_and_kept_as_best(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def _onednn_forward(conv: nn.Conv2D) -> Callable:
 
     def convolve(x, weight):
         # The copy is what brings the result back into the plain layout: a program that ends in a oneDNN operation
-        # hands out its private layout, which the dynamic graph cannot read.
+        # hands out its private layout, which the dynamic graph cannot read (and see eval/engines.py, _CopyOut).
         return paddle.assign(F.conv2d(x, weight, None, stride, padding, dilation, groups))
 
     # Any batch and any image size, so that a smaller last batch is not another program.

@@ -18,7 +18,8 @@ def load_initial(
         backbone_path: anything ``utils.weights.read_state`` reads, or a run directory (its ``backbone.pdparams``).
         head_path: class centres [C, D], anything ``utils.head_weights.read_head`` reads: one file, the shards of
             several ranks, a checkpoint of ours, a folder that tools/convert.py made.
-        freeze: leading parts of parameter names (``layer1`` means ``layer1`` and ``layer1.…``).
+        freeze: leading parts of parameter names (``layer1`` means ``layer1`` and ``layer1.…``); whole layers among
+            them run in evaluation mode, so their batch-norm statistics stay too.
 
     Raises:
         UserError: a file that does not fit; a name in ``freeze`` that no parameter starts with.
@@ -39,6 +40,9 @@ def load_initial(
             raise UserError(f"init.freeze: no parameter starts with {prefix!r}; this network has {', '.join(stages)}")
         for parameter in named:
             parameter.stop_gradient = True
+        for name, part in backbone.named_sublayers():
+            if name == prefix or name.startswith(prefix + "."):
+                part.eval()  # a frozen stage keeps its batch-norm statistics too
     return f"init.optional: {', '.join(missing)} is not there; starting from random weights" if missing else None
 
 

@@ -27,7 +27,7 @@ class Replica:
         if sync_bn and paddle.get_device() == "cpu":
             raise UserError("run.sync_bn: true on cpu, where Paddle has no such kernel; set run.sync_bn=false")
         if sync_bn:
-            backbone = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+            _synchronise_norms(backbone)
         self.backbone = backbone
         self._average_later = recompute and self.world_size > 1
         parameters = {id(parameter) for parameter in backbone.parameters()}
@@ -37,7 +37,6 @@ class Replica:
             for name, tensor in backbone.state_dict().items()
             if (id(tensor) not in parameters or name.endswith(("._mean", "._variance"))) and tensor.is_floating_point()
         ]
-        self._synchronised = sync_bn
         self.remember_statistics()
         forward = compile_backbone(backbone) if compile else backbone
         self.model = paddle.DataParallel(forward) if self.world_size > 1 else forward
@@ -69,7 +68,7 @@ class Replica:
                 self._write_statistics(self._good)
                 return
             flat = self._flat_statistics()
-            if self.world_size > 1 and not self._synchronised:
+            if self.world_size > 1:
                 flat = distributed.all_reduce_sum(flat) * (1.0 / self.world_size)
                 self._write_statistics(flat)
             self._good = flat
@@ -86,3 +85,17 @@ class Replica:
         sizes = [int(tensor.size) for tensor in self._statistics]
         for tensor, part in zip(self._statistics, paddle.split(flat, sizes), strict=True):
             tensor.set_value(part.reshape(tensor.shape))
+
+
+def _synchronise_norms(layer: paddle.nn.Layer) -> None:
+    """Every batch norm over feature maps takes its statistics from all ranks; each keeps its train or eval mode.
+
+    The embedding's norm stays as it is: its frozen scale needs the arithmetic of ``FrozenScaleNorm``.
+    """
+    for name, part in list(layer.named_children()):
+        if isinstance(part, paddle.nn.BatchNorm2D):
+            synchronised = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(part)
+            synchronised.training = part.training
+            setattr(layer, name, synchronised)
+        else:
+            _synchronise_norms(part)

@@ -13,6 +13,7 @@ import numpy as np
 from utils import distributed
 from utils.callbacks import due
 from utils.errors import UserError
+from utils.modes import evaluating
 from utils.plane import (
     PLANE_FILE,
     Angles,
@@ -130,16 +131,12 @@ class Pictures:
     def _embed(self, backbone) -> np.ndarray:
         import paddle
 
-        was_training = backbone.training
-        backbone.eval()
         parts = []
-        with paddle.no_grad():
+        with evaluating(backbone):
             for start in range(0, len(self._image_NHWC), BATCH):
                 part_NHWC = self._image_NHWC[start : start + BATCH]
                 image_BCHW = np.ascontiguousarray(part_NHWC.transpose(0, 3, 1, 2), np.float32) / 127.5 - 1.0
                 parts.append(backbone(paddle.to_tensor(image_BCHW)).astype("float32").numpy())
-        if was_training:
-            backbone.train()
         return np.concatenate(parts)
 
     def _other(self) -> list[Plane]:

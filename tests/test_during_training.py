@@ -1,0 +1,35 @@
+"""eval/during_training.py: what a training run judges itself by."""
+
+import cv2
+import numpy as np
+import pytest
+
+from backbones import build_backbone
+from eval.bins import save_bin
+from eval.during_training import Verification
+from utils.errors import UserError
+
+
+def jpeg(size: int, seed: int) -> bytes:
+    image = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return cv2.imencode(".jpg", image)[1].tobytes()
+
+
+def test_a_set_of_mixed_sizes_is_judged_and_the_mode_put_back(tmp_path):
+    images = [jpeg(size, seed) for seed, size in enumerate([32, 40, 64, 32] * 5)]
+    save_bin(tmp_path / "odd.bin", images, [pair % 2 == 0 for pair in range(10)])
+    layer = build_backbone("iresnet18", width=4, input_size=32, embedding_size=16)
+    layer.train()
+    layer.bn1.eval()
+    modes = [part.training for part in layer.sublayers(include_self=True)]
+    figures = Verification(tmp_path, ("odd",), batch_size=8, input_size=32)(layer)
+    assert 0 <= figures["odd"]["accuracy"] <= 1
+    assert [part.training for part in layer.sublayers(include_self=True)] == modes
+
+
+def test_missing_and_damaged_sets_end_the_run_at_its_start(tmp_path):
+    (tmp_path / "bad.bin").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match=r"a\.bin, .*b\.bin missing"):
+        Verification(tmp_path, ("a", "b"), batch_size=8, input_size=32)
+    with pytest.raises(UserError, match=r"bad\.bin"):
+        Verification(tmp_path, ("bad",), batch_size=8, input_size=32)
