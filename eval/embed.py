@@ -22,6 +22,7 @@ import yaml
 
 from backbones import build_backbone, resolve_name
 from eval.engines import BUILDERS, ENGINES
+from utils.cores import threads_of_rank
 from utils.errors import UserError
 from utils.faces import read_image
 from utils.guess_network import guess_network
@@ -120,7 +121,7 @@ def load_embedder(model, network: str | None = None, engine: str = "auto", batch
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     if isinstance(model, str | os.PathLike) and str(model).endswith(".onnx") and engine in ("auto", "onnx"):
-        running = _first_that_works(("onnx",), _existing(model), num_threads or default_threads())
+        running = _first_that_works(("onnx",), _existing(model), num_threads or threads_of_rank())
         raw_pixels = wants_raw_pixels(model)
         return Embedder(
             running, running.input_size, running.embedding_size, batch_size, running.in_channels, raw_pixels, model
@@ -129,7 +130,7 @@ def load_embedder(model, network: str | None = None, engine: str = "auto", batch
     if is_layer:
         layer, order = model, ("dynamic",) if engine == "auto" else (engine,)
     else:
-        num_threads = num_threads or default_threads()
+        num_threads = num_threads or threads_of_rank()
         layer, order = load_backbone(model, network, which), AUTO_ORDER if engine == "auto" else (engine,)
     running = _first_that_works(order, layer, num_threads)
     return Embedder(running, layer.input_size, layer.embedding_size, batch_size, source=layer)
@@ -223,12 +224,6 @@ def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_f
 @functools.lru_cache(maxsize=1)
 def _cached_embedder(pretrained: str, backbone: str, engine: str, stamp: int) -> Embedder:
     return load_embedder(pretrained, backbone, engine)
-
-
-def default_threads() -> int:
-    """CPU cores this process may use, divided by the ranks on this machine."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, num_cores // max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", "1"))))
 
 
 def _first_that_works(order: tuple[str, ...], layer, num_threads: int | None):

@@ -6,7 +6,6 @@ order of the image list. Beside ``F.npy`` stands ``F.npy.json``: which images, w
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from eval.report import write_json
 from eval.stream import embed_to_file
 from utils import distributed
 from utils.align import align_face
+from utils.cores import threads_of_rank
 from utils.errors import UserError
 
 CHUNK = 512  # images between two savings; a cache goes on at any batch size
@@ -84,7 +84,7 @@ def protocol_features(
         distributed.raise_together(failure)
         try:
             embed_to_file(embedder, images, path, flip="both", key=wanted["images"], chunk=CHUNK,
-                          num_threads=num_threads or os.cpu_count(), name_of=images.name)  # fmt: skip
+                          num_threads=num_threads or threads_of_rank(), name_of=images.name)  # fmt: skip
         except Exception:
             if distributed.get_rank() == 0 and not _part(path).is_file():
                 record_path.unlink(missing_ok=True)

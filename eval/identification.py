@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from utils.cores import threads_of_rank
+
 _SCORES_PER_BLOCK = 1 << 22
-_NUM_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,14 @@ def search(
         above = scores[best_other > limit]
         return above[above > limit]
 
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+    num_threads = threads_of_rank()
+    with ThreadPoolExecutor(num_threads) as threads:
         for start in range(0, num_probes, height):
             rows = probe_QD[start : start + height]
             scores = np.matmul(rows, gallery_GD.T, out=dense[: len(rows)])
-            parts = np.array_split(scores, _NUM_THREADS)
+            parts = np.array_split(scores, num_threads)
             firsts = start + np.cumsum([0, *(len(part) for part in parts[:-1])])
-            impostors.add(threads.map(judge, parts, firsts, [impostors.limit] * _NUM_THREADS))
+            impostors.add(threads.map(judge, parts, firsts, [impostors.limit] * num_threads))
     return Search(mate_score_Q, mate_rank_Q, best_score_Q, len(subject_S), impostors.sorted())
 
 

@@ -12,11 +12,12 @@ from functools import partial
 
 import numpy as np
 
+from utils.cores import threads_of_rank
+
 ACCURACY_GRID = (0.0, 4.0, 0.01)
 VAL_GRID = (0.0, 4.0, 0.001)
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _PAIRS_PER_BLOCK = 64
-_NUM_THREADS = 2
 _WHOLE_CURVE_PAIRS = 1 << 17
 
 
@@ -83,8 +84,9 @@ def pair_distances(embedding_ND: np.ndarray) -> np.ndarray:
     if embedding_ND.ndim != 2 or len(embedding_ND) % 2:
         raise ValueError(f"embeddings have shape {embedding_ND.shape}; [2 * pairs, size] is needed")
     distance_P = np.empty(len(embedding_ND) // 2)
-    bounds = np.linspace(0, len(distance_P), _NUM_THREADS + 1).astype(int)
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+    num_threads = threads_of_rank()
+    bounds = np.linspace(0, len(distance_P), num_threads + 1).astype(int)
+    with ThreadPoolExecutor(num_threads) as threads:
         list(threads.map(partial(_fill_distances, embedding_ND, distance_P), bounds[:-1], bounds[1:]))
     if not np.isfinite(distance_P).all():
         pair = int(np.flatnonzero(~np.isfinite(distance_P))[0])

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import sparse
 
+from utils.cores import threads_of_rank
+
 _ROWS_PER_BLOCK = 512
 _SCORES_PER_BLOCK = 1 << 25
 _PAIRS_PER_CHUNK = 1 << 18
 _PAIRS_PER_GATHER = 1 << 11
 _RECTANGLE_PAIRS = 100_000
-_NUM_THREADS = 2
 
 
 def pool_templates(
@@ -71,7 +72,7 @@ def pool_templates(
         np.divide(sums, norm[:, None], out=feature_TD[first:stop])
 
     bounds = _blocks(template_start, _ROWS_PER_BLOCK)
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+    with ThreadPoolExecutor(threads_of_rank()) as threads:
         list(threads.map(pool, bounds[:-1], bounds[1:]))
     finite_T = np.isfinite(feature_TD.sum(1))
     if not finite_T.all():
@@ -213,5 +214,5 @@ def _cells(left_T, right_T, left_P, right_P):
 
 
 def _in_threads(work: Callable[[int], None], starts: range) -> None:
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+    with ThreadPoolExecutor(threads_of_rank()) as threads:
         list(threads.map(work, starts))

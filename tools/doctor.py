@@ -30,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.cores import num_cores
 from utils.errors import UserError, one_line_errors
 
 OLDEST_PADDLE, NEWEST_PADDLE = (2, 6), (3, 3)
@@ -126,7 +127,7 @@ def check_device() -> Finding:
 
 def available_cpus() -> int:
     """Cores that this process may use: affinity and the cgroup's quota, not the cores of the host."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.exists():
         limit, period = quota.read_text().split()[:2]

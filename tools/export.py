@@ -20,8 +20,9 @@ if __name__ == "__main__":
 import numpy as np
 from prettytable import PrettyTable
 
-from eval.embed import default_threads, load_backbone
+from eval.embed import load_backbone
 from eval.engines import OPSET, DynamicEngine, OnnxEngine, PredictorEngine, save_inference_model, save_onnx
+from utils.cores import threads_of_rank
 from utils.errors import UserError, one_line_errors
 
 FORMATS = ("paddle", "onnx")
@@ -40,7 +41,7 @@ def export(layer, output: Path, formats: tuple[str, ...] = FORMATS, batches: tup
             max(1, largest value) or more.
     """
     output.mkdir(parents=True, exist_ok=True)
-    num_threads = default_threads()
+    num_threads = threads_of_rank()
     aside = Path(tempfile.mkdtemp(prefix=".exporting_", dir=output))
     try:
         running = {}

@@ -1,9 +1,8 @@
 """Which implementation of the head's chunk arithmetic runs here."""
 
-import os
-
 import paddle
 
+from utils.cores import threads_of_rank
 from utils.head_numpy import NumpyKernel
 from utils.head_paddle import PaddleKernel
 
@@ -24,11 +23,5 @@ def build_kernel(
     if on_cpu and matmul_dtype != "fp32":
         raise ValueError(f"matmul_dtype: {matmul_dtype!r} needs a GPU; on CPU use 'fp32'")
     if backend == "numpy" or (backend == "auto" and on_cpu):
-        threads = num_threads or max(1, len(os.sched_getaffinity(0)) // _ranks_here(world_size))
-        return NumpyKernel(threads, chunk_rows or 1024)
+        return NumpyKernel(num_threads or threads_of_rank(world_size), chunk_rows or 4096)
     return PaddleKernel(chunk_rows or (4096 if on_cpu else 16384), matmul_dtype)
-
-
-def _ranks_here(world_size: int) -> int:
-    """How many ranks share this machine's cores."""
-    return int(os.environ.get("PADDLE_LOCAL_SIZE", world_size)) or 1

@@ -10,13 +10,13 @@ import numpy as np
 import paddle
 import threadpoolctl
 
-from utils.head_rows import NO_MAX, Forward, Record, RowBank, inverse_norm, split_chunks, view
+from utils.head_rows import NO_MAX, Forward, Record, RowBank, inverse_norm, split_chunks, split_pieces, view
 
 
 class NumpyKernel:
     """``num_threads`` chunks of ``chunk_rows`` rows in flight at a time, each with single-threaded products."""
 
-    def __init__(self, num_threads: int = 1, chunk_rows: int = 1024):
+    def __init__(self, num_threads: int = 1, chunk_rows: int = 4096):
         self.num_threads, self.chunk_rows = num_threads, chunk_rows
         self._pool = ThreadPoolExecutor(num_threads)
         self._blas = threadpoolctl.ThreadpoolController().select(internal_api="openblas")
@@ -27,19 +27,6 @@ class NumpyKernel:
         with self._blas.limit(limits=1):  # overflow is for found_nonfinite to judge
             return list(self._pool.map(np.errstate(all="ignore")(work), shares))
 
-    def _rows(self, bank: RowBank, ids_S, start: int, stop: int, dtype, with_slots: bool):
-        """(rows, w, slots) of one chunk, caught up; views of the storage if that changes nothing."""
-        rows = slice(start, stop) if ids_S is None else ids_S[start:stop]
-        missed = bank.missed(rows)
-        tensors = [bank.weight, *bank.slots][: None if with_slots or missed is not None else 1]
-        copy = missed is not None and ids_S is None
-        w_RD, *slots = [view(tensor)[rows].astype(dtype, copy=copy) for tensor in tensors]
-        if missed is not None and with_slots:
-            w_RD, *slots = bank.optimizer.catch_up(w_RD, *slots, missed.astype(dtype))
-        elif missed is not None:
-            w_RD = bank.optimizer.catch_up_weight(w_RD, *slots, missed.astype(dtype))
-        return rows, w_RD, slots
-
     def forward(self, bank: RowBank, ids_S, u_GD, margin, row_T, col_T, keep: bool) -> Forward:
         (num_samples, dim), dtype = u_GD.shape, view(u_GD).dtype
         scaled_DG = np.ascontiguousarray(view(u_GD).T) * margin.scale
@@ -49,9 +36,9 @@ class NumpyKernel:
 
         def work(share):
             top_G, sum_G = np.full(num_samples, NO_MAX, dtype), np.zeros(num_samples)
-            pull_GD = np.zeros([num_samples, dim], dtype)
+            pull_GD, buffer_RD = np.zeros([num_samples, dim], dtype), np.empty([self.chunk_rows, dim], dtype)
             for k, start, stop in share:
-                _, w_RD, _ = self._rows(bank, ids_S, start, stop, dtype, with_slots=False)
+                w_RD = bank.caught_up_weight(ids_S, start, stop, buffer_RD)
                 inv_R1 = inverse_norm(w_RD) if margin.normalize_weight else np.ones([stop - start, 1], dtype)
                 z_RG, keep_others = np.matmul(w_RD, scaled_DG, out=exp_SG[start:stop]), None
                 z_RG *= inv_R1
@@ -105,15 +92,20 @@ class NumpyKernel:
 
         def work(share):
             for k, start, stop in share:
-                rows, w_RD, slots = self._rows(bank, ids_S, start, stop, dtype, with_slots=True)
                 grad_RD = self._pull_on_rows(k, start, stop, records, dense_SD)
-                if grad_scale != 1:
-                    grad_RD *= grad_scale
-                along_R1 = np.einsum("rd,rd->r", grad_RD, w_RD)[:, None] * inverse_norm(w_RD) ** 2 * float(project)
-                count_R = (bank.stamp_N[rows] + 1).astype(dtype)
-                chunks = bank.optimizer.step(w_RD, slots, grad_RD, along_R1, lr, count_R)
-                for stored, chunk_RD in zip(map(view, (bank.weight, *bank.slots)), chunks, strict=True):
-                    if not np.may_share_memory(stored, chunk_RD):
-                        stored[rows] = chunk_RD
+                for low, high in split_pieces(start, stop, grad_RD):
+                    update(low, high, grad_RD[low - start : high - start])
+
+        def update(start: int, stop: int, grad_RD: np.ndarray) -> None:
+            rows = slice(start, stop) if ids_S is None else ids_S[start:stop]
+            w_RD, *slots = bank.caught_up_rows(rows, dtype)
+            if grad_scale != 1:
+                grad_RD *= grad_scale
+            along_R1 = np.einsum("rd,rd->r", grad_RD, w_RD)[:, None] * inverse_norm(w_RD) ** 2 * float(project)
+            count_R = (bank.stamp_N[rows] + 1).astype(dtype)
+            chunks = bank.optimizer.step(w_RD, slots, grad_RD, along_R1, lr, count_R)
+            for stored, chunk_RD in zip(map(view, (bank.weight, *bank.slots)), chunks, strict=True):
+                if not np.may_share_memory(stored, chunk_RD):
+                    stored[rows] = chunk_RD
 
         self._run(work, len(records[0].exp) if records else len(dense_SD))

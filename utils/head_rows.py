@@ -11,7 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 import paddle
 
+from utils.malloc import advise_huge_pages
+
 BLOCK = 4096  # rows initialised from one random stream, and rows moved at a time
+PIECE_BYTES = 1 << 20  # rows that passes on CPU go over at a time: a few such arrays stay in a core's cache
 NO_MAX = -1e30  # running maximum before any logit; finite, so that a difference of two is not NaN
 TINY = 1e-12  # a shorter vector has no direction: similarity 0, gradient 0
 
@@ -31,8 +34,12 @@ class RowBank:
     def __init__(self, start: int, num_rows: int, dim: int, optimizer, seed: int, dtype: str):
         self.optimizer, self.num_rows = optimizer, num_rows
         self.stamp_N = np.zeros(num_rows, np.int32)  # last update of a row (lazy SGD) or how many it had (AdamW)
-        self.weight = paddle.empty([num_rows, dim], dtype)
-        self.slots = [paddle.zeros([num_rows, dim], dtype) for _ in optimizer.slots]
+        self.weight, *self.slots = [paddle.empty([num_rows, dim], dtype) for _ in ("weight", *optimizer.slots)]
+        for tensor in self.tensors.values():
+            if tensor.place.is_cpu_place():
+                advise_huge_pages(tensor.data_ptr(), num_rows * dim * np.dtype(dtype).itemsize)
+        for slot in self.slots:
+            slot.zero_()
         for block in range(start // BLOCK, (start + num_rows - 1) // BLOCK + 1):
             rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, block])))
             rows = rng.standard_normal([BLOCK, dim], dtype=np.float32) * np.float32(0.01)
@@ -66,6 +73,30 @@ class RowBank:
         index = paddle.to_tensor(ids_R, place=self.weight.place)
         chunks = [paddle.gather(tensor, index).numpy() for tensor in self.tensors.values()]
         return chunks[0] if missed is None else self.optimizer.catch_up(*chunks, missed.astype(chunks[0].dtype))[0]
+
+    def caught_up_rows(self, rows, dtype) -> list[np.ndarray]:
+        """[w, *slots] of these rows (slice or ids) on CPU, up to date; views of the storage if that changes nothing."""
+        missed = self.missed(rows)
+        copy = missed is not None and isinstance(rows, slice)
+        chunks = [view(tensor)[rows].astype(dtype, copy=copy) for tensor in self.tensors.values()]
+        return chunks if missed is None else list(self.optimizer.catch_up(*chunks, missed.astype(dtype)))
+
+    def caught_up_weight(self, ids_S, start: int, stop: int, buffer_RD: np.ndarray) -> np.ndarray:
+        """w of rows ``start ... stop`` of an update on CPU, up to date: in the buffer, or a view of the storage."""
+        stored, dtype = view(self.weight), buffer_RD.dtype
+        if ids_S is None and stored.dtype == dtype and self.missed(slice(start, stop)) is None:
+            return stored[start:stop]
+        for low, high in split_pieces(start, stop, buffer_RD):
+            rows, w_RD = slice(low, high) if ids_S is None else ids_S[low:high], buffer_RD[low - start : high - start]
+            if ids_S is not None and stored.dtype == dtype:
+                np.take(stored, rows, axis=0, out=w_RD, mode="clip")  # without "clip" it goes through a copy
+            else:
+                w_RD[...] = stored[rows]
+            missed = self.missed(rows)
+            if missed is not None:
+                slots = [view(tensor)[rows].astype(dtype) for tensor in self.slots]
+                self.optimizer.catch_up_weight(w_RD, *slots, missed.astype(dtype))
+        return buffer_RD[: stop - start]
 
     def catch_up(self) -> None:
         """Bring every row up to date in place."""
@@ -142,6 +173,12 @@ def split_chunks(num_rows: int, chunk_rows: int, num_shares: int) -> list[list[t
     chunks = [(k, start, min(start + chunk_rows, num_rows)) for k, start in enumerate(starts)]
     cuts = [len(chunks) * i // num_shares for i in range(num_shares + 1)]
     return [chunks[a:b] for a, b in itertools.pairwise(cuts) if b > a] or [[]]
+
+
+def split_pieces(start: int, stop: int, array_RD: np.ndarray) -> list[tuple[int, int]]:
+    """``start ... stop`` cut into runs of rows of about ``PIECE_BYTES``, rows being as long as those of the array."""
+    step = max(1, PIECE_BYTES // (array_RD.shape[1] * array_RD.itemsize))
+    return [(low, min(low + step, stop)) for low in range(start, stop, step)]
 
 
 def view(tensor: paddle.Tensor) -> np.ndarray:
