@@ -182,7 +182,7 @@ def tar_at_far(score_P: np.ndarray, same_P: np.ndarray, fars: Sequence[float] = 
         ValueError: lengths differ, a score is NaN, or genuine or impostor pairs are missing.
     """
     score_P, same_P, num_same, num_different = _checked_scores(score_P, same_P)
-    fraction = 1.0 if len(score_P) <= _WHOLE_CURVE_PAIRS else min(1.0, 1.25 * max(fars) + 1e-3)
+    fraction = 1.0 if len(score_P) <= _WHOLE_CURVE_PAIRS else min(1.0, 1.05 * max(fars) + 1e-3)
     while True:
         fps_K, tps_K, score_K = _curve(score_P, same_P, fraction)
         complete = fps_K[-1] + tps_K[-1] == len(score_P)

@@ -12,8 +12,8 @@ from scipy import sparse
 
 from utils.cores import threads_of_rank
 
-_ROWS_PER_BLOCK = 512
-_SCORES_PER_BLOCK = 1 << 25
+_ROWS_PER_BLOCK = 1024
+_SCORES_PER_BLOCK = 36 << 20
 _PAIRS_PER_CHUNK = 1 << 18
 _PAIRS_PER_GATHER = 1 << 11
 _RECTANGLE_PAIRS = 100_000
@@ -160,7 +160,7 @@ class _RowFinder:
             outside = len(self.table) - 1  # holds -1
             if id_P.min() < 0 or id_P.max() > outside:
                 id_P = np.where((id_P < 0) | (id_P > outside), outside, id_P)
-            row_P = self.table.take(id_P)
+            row_P = self.table.take(id_P, mode="clip")  # none is outside; this mode does not look again
         else:
             place_P = np.minimum(np.searchsorted(self.sorted_T, id_P), len(self.sorted_T) - 1)
             row_P = np.where(self.sorted_T[place_P] == id_P, self.order_T[place_P], np.int32(-1))
@@ -182,7 +182,7 @@ def _score_rectangle(feature_TD, left_T, right_T, left_P, right_P):
     cell_P = _cells(left_T, right_T, left_P, right_P)
     starts = range(0, len(cell_P), _PAIRS_PER_CHUNK)
     score_P = np.empty(len(cell_P))
-    height = max(1, min(num_right, _SCORES_PER_BLOCK // num_left))
+    height = -(-num_right // -(-num_left * num_right // _SCORES_PER_BLOCK))  # blocks of about the same height
     dense = np.empty((height, num_left))
     unsigned = np.uint32 if cell_P.dtype == np.int32 else np.uint64
     for first in range(0, num_right, height):
