@@ -34,7 +34,7 @@ FLOAT = 4
 # Beside what is counted: buffers of BLAS and thread arenas of the head, measured with benchmarks/head.py on CPU.
 CPU_OVERHEAD = 24 * 2**20
 PROBES = (2, 6)  # images of the two measured steps
-CHUNK_ROWS = {"cpu": 1024, "gpu": 16384}
+CHUNK_ROWS = {"cpu": 4096, "gpu": 16384}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,9 @@ def predict_memory(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
     kept = min(setup.accumulate, max(dim // samples, 0))
     folded = setup.accumulate > kept
     logits = sampled * samples * FLOAT * (1 if folded and kept == 0 else min(setup.accumulate, kept + folded))
-    chunk = min(CHUNK_ROWS[setup.device], sampled) * (6 * dim + 3 * samples) * FLOAT
+    # Beside the exponentials: on CPU a chunk's weights and gradient, on GPU every temporary of a pass over it.
+    floats_a_row = 2 * dim if setup.device == "cpu" else 6 * dim + 3 * samples
+    chunk = min(CHUNK_ROWS[setup.device], sampled) * floats_a_row * FLOAT
     workers = setup.threads if setup.device == "cpu" else 1
     indices = 0 if setup.sample_rate == 1 else 2 * 8 * sampled + 2 * local
     return {
