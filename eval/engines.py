@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from paddle.base import core
 
+from utils.compat import paddle_version
 from utils.modes import evaluating
 
 ENGINES = ("dynamic", "static", "predictor", "onnx")
@@ -60,9 +61,13 @@ class StaticEngine(DynamicEngine):
 
     def __init__(self, layer, num_threads: int | None = None):
         super().__init__(layer, num_threads)
-        self._whole = _CopyOut(layer)  # kept: what is compiled holds it weakly
-        self._whole.training = False
-        self._compiled = paddle.jit.to_static(self._whole.forward, input_spec=[image_spec(layer)], full_graph=True)
+        # Kept, because what is compiled holds it weakly. Paddle 2.6 needs no copy, and would rewrite the inner forward.
+        self._whole = layer
+        if paddle_version() >= (3, 0):
+            self._whole = _CopyOut(layer)
+            self._whole.training = False
+        with evaluating(layer):
+            self._compiled = paddle.jit.to_static(self._whole.forward, input_spec=[image_spec(layer)], full_graph=True)
         self._on_cpu = paddle.get_device() == "cpu"
 
     def _forward(self, image):

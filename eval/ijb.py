@@ -29,18 +29,17 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import paddle
 from prettytable import PrettyTable
 
 from eval.embed import load_embedder
 from eval.features import aligned_image, protocol_features, weights_digest
 from eval.identification import ClosedSet, OpenSet, PairRecall, cmc, pair_recall, search, tpir_at_fpir
 from eval.metrics import FARS, TarAtFar, roc_at, tar_at_far
+from eval.options import add_model_options, add_report_options, default_result_dir, told_settings
 from eval.plots import draw_errors, draw_histogram, draw_roc
 from eval.protocols import SubjectList, TemplateProtocol, read_csv_protocol, read_ijb
 from eval.report import write_csv, write_json, write_report
 from eval.templates import pool_templates, score_pairs
-from eval.verification import default_device, default_result_dir
 from utils import distributed
 from utils.errors import UserError, one_line_errors
 
@@ -264,9 +263,7 @@ def _print_table(head: list[str], body: list[list[str]]) -> None:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="run directory or weights file; not needed where --features is complete")
-    parser.add_argument("--network", help="backbone name, where the model does not say it")
-    parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
+    add_model_options(parser, "run directory or weights file; not needed where --features is complete", required=False)
     parser.add_argument("--image-path", type=Path, help="folder with meta/ and loose_crop/")
     parser.add_argument("--target", default="IJBC", help="IJBC, IJBB, or the prefix of another set of that layout")
     parser.add_argument("--protocol", type=Path, help="folder with images.csv and pairs.csv (instead of --image-path)")
@@ -277,19 +274,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     parser.add_argument("--all-settings", action="store_true", help="all eight N/D/F rows in the table")
     parser.add_argument("--identification", action=argparse.BooleanOptionalAction, default=True, help="1:N, if listed")
-    parser.add_argument("--num-errors", type=int, default=10, help="worst pairs shown")
-    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--num-threads", type=int, help="threads that read and align (default: one a core)")
-    parser.add_argument(
-        "--engine", default="auto", help="how to run the network: auto, dynamic, static, predictor, onnx"
-    )
-    parser.add_argument("--device", default=default_device(), help="cpu, gpu, npu or xpu (default: %(default)s)")
-    parser.add_argument("--label", help="name of this run in reports (default: the model's)")
-    parser.add_argument("--result-dir", type=Path, help="where scores, tables and pictures go")
-    parser.add_argument("--report", type=Path, help="also write one self-contained HTML page")
-    parser.add_argument(
-        "--compare", type=Path, nargs="*", default=[], help="result folders of other runs to set beside it"
-    )
+    add_report_options(parser, "scores, tables and pictures")
     args = parser.parse_args(argv)
     if (args.image_path is None) == (args.protocol is None):
         raise UserError("give either --image-path (with --target) or --protocol")
@@ -341,9 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     identification = identify(protocol, result.template_T, result.feature_TD) if args.identification else []
     if identification:
         _print_table(*identification_table(identification))
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings |= {"setting": str(chosen), "compare": [str(path) for path in args.compare], "paddle": paddle.__version__}
-    settings["label"] = args.label or Path(source).name
+    settings = told_settings(args, Path(source).name, setting=str(chosen))
     write_results(folder, protocol, result, every, identification, settings)
     print(f"results in {folder}")
     if args.report is not None:

@@ -26,6 +26,7 @@ from prettytable import PrettyTable
 from eval.bins import load_bin
 from eval.embed import Embedder, load_embedder
 from eval.metrics import VerificationMetrics, accuracy_at, distance_metrics, pair_distances, roc_at
+from eval.options import add_model_options, add_report_options, default_result_dir, told_settings
 from eval.plots import draw_errors, draw_histogram, draw_roc
 from eval.progress import progress
 from eval.protocols import read_pair_list
@@ -271,22 +272,9 @@ def _worst(result: SetResult, image_NHWC: np.ndarray, count: int) -> list[tuple[
     ]
 
 
-def default_result_dir(model: str, kind: str) -> Path:
-    """``<run>/<kind>`` for a run directory, else ``work_dirs/<kind>/<file name>``."""
-    path = Path(model)
-    return path / kind if path.is_dir() else Path("work_dirs") / kind / path.stem
-
-
-def default_device() -> str:
-    """``gpu`` where this Paddle has one to use, else ``cpu``."""
-    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() else "cpu"
-
-
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="run directory or weights file (.pdparams, .safetensors, .onnx)")
-    parser.add_argument("--network", help="backbone name, where the model does not say it")
-    parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
+    add_model_options(parser, "run directory or weights file (.pdparams, .safetensors, .onnx)", required=True)
     parser.add_argument("--data-dir", type=Path, help="folder of <set>.bin files")
     parser.add_argument(
         "--target", help=f"comma-separated sets (default: those of {','.join(KNOWN_SETS)} that are there)"
@@ -297,18 +285,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, help="also judge at this fixed squared-L2 threshold (2 - 2 cos)")
     parser.add_argument("--num-folds", type=int, default=10)
     parser.add_argument("--far", type=float, default=1e-3, help="false-accept rate for VAL")
-    parser.add_argument("--num-errors", type=int, default=10, help="errors shown a set")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument(
-        "--engine", default="auto", help="how to run the network: auto, dynamic, static, predictor, onnx"
-    )
-    parser.add_argument("--device", default=default_device(), help="cpu, gpu, npu or xpu (default: %(default)s)")
-    parser.add_argument("--label", help="name of this run in reports (default: the model's)")
-    parser.add_argument("--result-dir", type=Path, help="where JSON, CSV and pictures go")
-    parser.add_argument("--report", type=Path, help="also write one self-contained HTML page")
-    parser.add_argument(
-        "--compare", type=Path, nargs="*", default=[], help="result folders of other runs to set beside it"
-    )
+    add_report_options(parser, "JSON, CSV and pictures")
     args = parser.parse_args(argv)
     if args.image_dir is not None and args.pairs is None:
         raise UserError("--image-dir and --pairs belong together: a folder of images and the list of its pairs")
@@ -341,13 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     if distributed.get_rank() != 0:
         return
     folder = args.result_dir or default_result_dir(args.model, "verification")
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings |= {
-        "compare": [str(path) for path in args.compare],
-        "engine": embedder.engine,
-        "paddle": paddle.__version__,
-    }
-    settings["label"] = args.label or Path(args.model).name
+    settings = told_settings(args, Path(args.model).name, engine=embedder.engine)
     rows = write_results(folder, results, sets, settings)
     for row in rows:
         print("[{set}]XNorm: {xnorm:f}".format(**row))

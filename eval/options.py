@@ -1,0 +1,47 @@
+"""Command line options that the evaluation scripts share."""
+
+import argparse
+from pathlib import Path
+
+import paddle
+
+
+def default_device() -> str:
+    """``gpu`` where this Paddle has one to use, else ``cpu``."""
+    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() else "cpu"
+
+
+def default_result_dir(model: str, kind: str) -> Path:
+    """``<run>/<kind>`` for a run directory, else ``work_dirs/<kind>/<file name>``."""
+    path = Path(model)
+    return path / kind if path.is_dir() else Path("work_dirs") / kind / path.stem
+
+
+def add_model_options(parser: argparse.ArgumentParser, model_help: str, required: bool) -> None:
+    """Which network, and how it runs."""
+    parser.add_argument("--model", required=required, help=model_help)
+    parser.add_argument("--network", help="backbone name, where the model does not say it")
+    parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--engine", default="auto", help="how to run the network: auto, dynamic, static, predictor, onnx"
+    )
+    parser.add_argument("--device", default=default_device(), help="cpu, gpu, npu or xpu (default: %(default)s)")
+
+
+def add_report_options(parser: argparse.ArgumentParser, results: str) -> None:
+    """Where results go. ``results``: what they are, for the help."""
+    parser.add_argument("--num-errors", type=int, default=10, help="worst pairs shown")
+    parser.add_argument("--label", help="name of this run in reports (default: the model's)")
+    parser.add_argument("--result-dir", type=Path, help=f"where {results} go")
+    parser.add_argument("--report", type=Path, help="also write one self-contained HTML page")
+    parser.add_argument(
+        "--compare", type=Path, nargs="*", default=[], help="result folders of other runs to set beside it"
+    )
+
+
+def told_settings(args: argparse.Namespace, label: str, **more: object) -> dict:
+    """The options as a report shows them; ``label`` where none was given."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings |= {"compare": [str(path) for path in args.compare], "paddle": paddle.__version__, **more}
+    return settings | {"label": args.label or label}
