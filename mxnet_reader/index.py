@@ -83,11 +83,38 @@ class RecordIndex:
         """The smallest offset of the index that lies behind this one, or None."""
         offsets = self.offsets_N
         if not self.offsets_ascend:
-            if self._sorted_offsets is None:
-                self._sorted_offsets = np.unique(self.offsets_N)
-            offsets = self._sorted_offsets
+            offsets = self._offsets_in_order()
         place = int(np.searchsorted(offsets, offset, side="right"))
         return int(offsets[place]) if place < len(offsets) else None
+
+    def _offsets_in_order(self) -> np.ndarray:
+        if self._sorted_offsets is None:
+            self._sorted_offsets = np.unique(self.offsets_N)
+        return self._sorted_offsets
+
+    def places(self, keys_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets of many keys, and of the records that the index has next (-1: none), int64 [K] each.
+
+        Raises:
+            MissingKeyError: a key is not there.
+        """
+        if self._first_key is not None:
+            row_K = np.asarray(keys_K, np.int64) - self._first_key
+            missing_K = (row_K < 0) | (row_K >= len(self.keys_N))
+        else:
+            self._sort_keys()
+            place_K = np.searchsorted(self._sorted_keys, keys_K, side="right") - 1
+            missing_K = (place_K < 0) | (self._sorted_keys[place_K] != keys_K)
+            row_K = self._order[place_K]
+        if missing_K.any():
+            raise MissingKeyError(self.path, "no such key in the index", key=int(keys_K[missing_K.argmax()]))
+        offset_K = self.offsets_N[row_K]
+        if self.offsets_ascend:
+            behind, offsets = row_K + 1, self.offsets_N
+        else:
+            behind, offsets = np.searchsorted(self._offsets_in_order(), offset_K, side="right"), self._sorted_offsets
+        last = behind == len(offsets)
+        return offset_K, np.where(last, -1, offsets[np.where(last, 0, behind)])
 
     def unique_keys(self) -> np.ndarray:
         """Keys in file order, a repeated key at its first place only; a view where nothing repeats."""

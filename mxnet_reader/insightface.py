@@ -5,16 +5,19 @@ and identity records (no image bytes either) those from N + 1 on. Without it eve
 float32, so above 2**24 the header can be off by a few: the border is then looked up in the records themselves.
 """
 
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from mxnet_reader.errors import RecordError
-from mxnet_reader.file import RecordFile
-from mxnet_reader.format import IMAGE_HEADER
+from mxnet_reader.file import MAX_GUESS, RecordFile
+from mxnet_reader.format import IMAGE_HEADER, MAGIC
 from mxnet_reader.index import RecordIndex
 
 EXACT = 1 << 24  # above it float32 no longer holds every integer
+_RECORD_START = struct.Struct("<II" + IMAGE_HEADER.format[1:])  # of the part and of the image
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,31 @@ def read_key(file: RecordFile, index: RecordIndex, key: int) -> bytes:
     """Payload of the record with this key."""
     offset, limit = index.place(index.row(key))
     return file.read_record(offset, key, limit)[0]
+
+
+def read_plain_images(file: RecordFile, index: RecordIndex, keys: np.ndarray) -> Iterator[tuple[bytes, int] | None]:
+    """(encoded image, label) of each key, in one read and few steps a record: what a training loader asks for.
+
+    None stands for a record that is not plain (several parts or labels, an end that is not where the index has the next
+    record, damage): ``RecordFile.read_record`` tells what it is.
+    """
+    offset_K, limit_K = index.places(keys)
+    for offset, size in zip(offset_K.tolist(), (limit_K - offset_K).tolist(), strict=True):
+        block = file.read_bytes(size, offset) if _RECORD_START.size < size <= MAX_GUESS else b""
+        if not block or len(block) != size:
+            yield None
+            continue
+        magic, word, flag, label, _, _ = _RECORD_START.unpack_from(block)
+        stop = 8 + word  # a word with a continuation flag is far above the limit
+        if (
+            magic == MAGIC
+            and stop + 3 & ~3 == size
+            and stop > _RECORD_START.size
+            and not any(block[stop:])
+            and flag == 0
+            and 0 <= label < EXACT * EXACT  # false for NaN
+            and label == int(label)
+        ):
+            yield block[_RECORD_START.size : stop], int(label)
+        else:
+            yield None

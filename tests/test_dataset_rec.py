@@ -1,5 +1,6 @@
 """FaceRecordDataset: every InsightFace layout gives the right image set, and damage ends in a named error."""
 
+import struct
 import subprocess
 import warnings
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from dataset import FaceRecordDataset
-from mxnet_reader import RecordError, recordio
+from mxnet_reader import MissingKeyError, RecordError, recordio
 from mxnet_reader.file import RecordFile
 from mxnet_reader.format import MAGIC_BYTES, encode_record
 from mxnet_reader.index import RecordIndex
@@ -304,3 +305,50 @@ def test_rebuild_shows_progress(tmp_path, capsys, monkeypatch):
     with RecordFile(tmp_path / "train.rec") as file:
         open_index(file, None)
     assert "rebuilding the index of train.rec: 100 %" in capsys.readouterr().err
+
+
+def test_places_of_many_keys_equal_those_of_one():
+    rng = np.random.default_rng(0)
+    for keys, offsets in (
+        (np.arange(5, 45), np.arange(40) * 12),
+        (rng.permutation(40) + 3, np.arange(40) * 12),
+        (np.arange(40), rng.permutation(40) * 12),
+        (rng.integers(0, 30, 40), rng.integers(0, 30, 40) * 12),
+    ):
+        index = RecordIndex(keys.astype(np.int64), offsets.astype(np.int64))
+        asked = rng.choice(keys, 25)
+        found = [(int(a), None if b < 0 else int(b)) for a, b in zip(*index.places(asked), strict=True)]
+        assert found == [index.place(index.row(key)) for key in asked.tolist()]
+        with pytest.raises(MissingKeyError, match="99"):
+            index.places(np.array([keys[0], 99]))
+
+
+def test_many_at_once_are_what_one_by_one_gives(tmp_path):
+    """Whatever byte of the files is damaged: the same image and label, or the same error."""
+    rng = np.random.default_rng(1)
+    writer = recordio.MXIndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w")
+    for key in range(12):
+        label = float(key) if key % 4 else [key, 7]
+        image = rng.bytes(5 + key) + (struct.pack("<I", 0xCED7230A) * 2 if key == 5 else b"")
+        writer.write_idx(key, recordio.pack(recordio.IRHeader(0, label, key, 0), image))
+    writer.close()
+    whole, same, failed = (tmp_path / "train.rec").read_bytes(), 0, 0
+
+    def outcome(read):
+        try:
+            return read()
+        except ValueError as error:
+            return str(error)
+
+    source = FaceRecordDataset(tmp_path)
+    for _ in range(3000):
+        damaged = bytearray(whole)
+        place = int(rng.integers(len(damaged)))
+        damaged[place] = rng.choice([0, 1, 255, damaged[place] ^ (1 << int(rng.integers(8)))])
+        with open(tmp_path / "train.rec", "r+b") as file:
+            file.write(damaged)
+        for i in range(max(0, place // 40 - 4), min(12, place // 40 + 3)):
+            single = outcome(lambda i=i: source.fetch(i))
+            assert outcome(lambda i=i: next(iter(source.fetch_many(np.array([i]))))) == single
+            same, failed = same + (not isinstance(single, str)), failed + isinstance(single, str)
+    assert same > 5000 and failed > 500

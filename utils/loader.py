@@ -11,6 +11,7 @@ threads do it while the image is in their cache.
 B local batch, W ranks, N samples, H and W (as an axis) image size.
 """
 
+import functools
 import queue
 import weakref
 from collections import deque
@@ -28,11 +29,17 @@ RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", 
 MODES = ("thread", "process")
 
 
-def normalise_image(image: np.ndarray, out: np.ndarray, planes: np.ndarray, flipped: bool = False) -> None:
-    """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1], mirrored if asked; ``planes`` is scratch, uint8 [3, H, W]."""
+_NORMALISED = np.arange(256, dtype=np.float32) * np.float32(2 / 255) - np.float32(1)
+
+
+def normalise_image(image: np.ndarray, out: np.ndarray, planes: np.ndarray) -> None:
+    """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1]; ``planes`` is scratch, uint8 [3, H, W]."""
     cv2.split(image, list(planes))
-    np.multiply(planes[:, :, ::-1] if flipped else planes, np.float32(2 / 255), out=out)
-    np.subtract(out, np.float32(1), out=out)
+    cv2.LUT(planes.reshape(-1, planes.shape[-1]), _NORMALISED, dst=out.reshape(-1, out.shape[-1]))
+
+
+def _one_by_one(fetch: Callable, samples: np.ndarray) -> Iterator[tuple]:
+    return map(fetch, samples.tolist())
 
 
 class SampleReader:
@@ -50,7 +57,8 @@ class SampleReader:
     def __init__(self, source: object, size: tuple[int, int], resize: str | None, augment: dict, seed: int) -> None:
         self.source, self.size, self.resize, self.seed = source, size, resize, seed
         self.augment = build_augment(augment) if augment else None
-        self._fetch: Callable = getattr(source, "fetch", None) or source.__getitem__
+        one_by_one = functools.partial(_one_by_one, getattr(source, "fetch", None) or source.__getitem__)
+        self._fetch_many: Callable = getattr(source, "fetch_many", one_by_one)
 
     def read(self, samples: np.ndarray, mirror: np.ndarray, epoch: int, images: np.ndarray, labels: np.ndarray) -> None:
         """Fill ``images`` and ``labels`` [n] int64 with the given samples.
@@ -63,29 +71,30 @@ class SampleReader:
         as_float = images.dtype == np.float32
         scratch = np.empty((*self.size, 3), np.uint8) if as_float else None
         planes = np.empty((3, *self.size), np.uint8) if as_float else None
-        for row, (sample, flipped) in enumerate(zip(samples.tolist(), mirror.tolist(), strict=True)):
+        wanted = zip(samples.tolist(), mirror.tolist(), self._fetch_many(samples), strict=True)
+        for row, (sample, flipped, (data, label)) in enumerate(wanted):
+            labels[row] = label
             image = pixels = scratch if as_float else images[row]
-            labels[row] = self._read_one(sample, epoch, pixels)
+            self._decode(data, sample, epoch, pixels)
             if self.augment is not None:
                 image = self.augment(pixels, sample_rng(self.seed, epoch, sample))
+            if flipped:
+                image = cv2.flip(image, 1, dst=pixels)
             if as_float:
-                normalise_image(image, images[row], planes, flipped)
-            elif flipped:
-                cv2.flip(image, 1, dst=pixels)
+                normalise_image(image, images[row], planes)
             elif image is not pixels:
                 pixels[...] = image
 
-    def _read_one(self, sample: int, epoch: int, out: np.ndarray) -> int:
-        data, label = self._fetch(sample)
-        if isinstance(data, np.ndarray):
-            image = data
-        else:
+    def _decode(self, data: bytes | np.ndarray, sample: int, epoch: int, out: np.ndarray) -> None:
+        """Pixels of a sample into ``out`` [H, W, 3]."""
+        image = data
+        if not isinstance(data, np.ndarray):
             try:
                 image = decode_image(data, out)
             except DecodeError as error:
                 raise self._damaged(sample, str(error)) from error
-        if image is out:
-            return label
+            if image is out:
+                return
         if image.shape[:2] != self.size:
             if self.resize is None:
                 found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
@@ -95,7 +104,6 @@ class SampleReader:
             else:
                 image = fit_image(image, self.size, self.resize)
         out[...] = image
-        return label
 
     def _window(self, image: np.ndarray, sample: int, epoch: int) -> np.ndarray:
         """A random window of the network's size, not scaled, drawn from (seed, epoch, sample)."""
