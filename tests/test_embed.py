@@ -122,8 +122,9 @@ def test_engines_agree_for_every_family(network):
     layer = trained_like(network, **SMALL[network])
     images = pictures(5, layer.input_size)
     expected = load_embedder(layer)(images)
+    tolerance = 1e-4 * max(1, abs(expected).max())  # resnet50: the dynamic graph is 1.2e-4 off float64 at values of 5
     for engine in ("static", "predictor", "onnx"):
-        np.testing.assert_allclose(load_embedder(layer, engine=engine)(images), expected, atol=1e-4)
+        np.testing.assert_allclose(load_embedder(layer, engine=engine)(images), expected, atol=tolerance)
 
 
 @pytest.mark.oldest
