@@ -8,15 +8,12 @@ best. Equal scores rank in gallery order.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from utils.cores import threads_of_rank
-
-_SCORES_PER_BLOCK = 1 << 22
+from eval.search import Search, search
 
 
 @dataclass(frozen=True)
@@ -40,95 +37,12 @@ class OpenSet:
 
 
 @dataclass(frozen=True)
-class Search:
-    """All a probe's search leaves behind, [Q]: its mate's score and rank (NaN and 0 without a mate), the best score.
-
-    ``impostor_K``: the highest scores of a probe against subjects other than its own, descending, as many as asked for.
-    """
-
-    mate_score_Q: np.ndarray
-    mate_rank_Q: np.ndarray
-    best_score_Q: np.ndarray
-    num_subjects: int
-    impostor_K: np.ndarray
-
-    @property
-    def mated_Q(self) -> np.ndarray:
-        return self.mate_rank_Q > 0
-
-
-@dataclass(frozen=True)
 class PairRecall:
     """The reference 1:N script's figure: share of mated probes whose mate scores above the ``top``-th best impostor."""
 
     far: float
     recall: float
     threshold: float
-
-
-def search(
-    gallery_GD: np.ndarray,
-    gallery_subject_G: np.ndarray,
-    probe_QD: np.ndarray,
-    probe_subject_Q: np.ndarray,
-    num_impostors: int = 0,
-) -> Search:
-    """Compare every probe with every gallery template (unit vectors, dot product, float64), block by block.
-
-    Raises:
-        ValueError: shapes do not fit, a side is empty, or a feature is not finite.
-    """
-    gallery_GD, probe_QD = np.asarray(gallery_GD, np.float64), np.asarray(probe_QD, np.float64)
-    gallery_subject_G, probe_subject_Q = np.asarray(gallery_subject_G), np.asarray(probe_subject_Q)
-    for what, feature, subject in (("gallery", gallery_GD, gallery_subject_G), ("probe", probe_QD, probe_subject_Q)):
-        if feature.ndim != 2 or len(feature) == 0 or subject.shape != (len(feature),):
-            raise ValueError(f"{what}: features {feature.shape} and subjects {subject.shape}; [n, size] and [n], n > 0")
-        if not np.isfinite(feature.sum()) and not np.isfinite(feature).all():
-            raise ValueError(
-                f"{what}: row {int(np.flatnonzero(~np.isfinite(feature).all(1))[0])} holds NaN or infinity"
-            )
-    if gallery_GD.shape[1] != probe_QD.shape[1]:
-        raise ValueError(f"gallery features have size {gallery_GD.shape[1]}, probe features {probe_QD.shape[1]}")
-    gallery_GD, subject_S, starts_S = _group_by_subject(gallery_GD, gallery_subject_G)
-    mate_Q = _columns(subject_S, probe_subject_Q)
-    num_probes = len(probe_QD)
-    mate_score_Q, best_score_Q = np.full(num_probes, np.nan), np.empty(num_probes)
-    mate_rank_Q = np.zeros(num_probes, np.int64)
-    impostors = _Highest(num_impostors)
-    height = max(1, _SCORES_PER_BLOCK // len(gallery_GD))
-    dense = np.empty((min(height, num_probes), len(gallery_GD)))
-
-    def judge(scores: np.ndarray, start: int, limit: float) -> np.ndarray:
-        """Fill in the probes from ``start`` on; returns the impostor scores above ``limit``."""
-        if len(starts_S) != len(gallery_GD):
-            scores = np.maximum.reduceat(scores, starts_S, axis=1)
-        part = slice(start, start + len(scores))
-        mated = np.flatnonzero(mate_Q[part] >= 0)
-        column = mate_Q[part][mated]
-        mate = scores[mated, column]
-        scores[mated, column] = -np.inf
-        # One pass over the scores; the rows whose best other score beats nothing need no second one.
-        best_other = scores.max(1)
-        best_score_Q[part] = best_other
-        best_score_Q[start + mated] = np.maximum(best_other[mated], mate)
-        mate_score_Q[start + mated] = mate
-        mate_rank_Q[start + mated] = 1
-        beaten = np.flatnonzero(best_other[mated] >= mate)
-        mate_rank_Q[start + mated[beaten]] = _ranks(scores[mated[beaten]], mate[beaten], column[beaten])
-        if not num_impostors:
-            return np.empty(0)
-        above = scores[best_other > limit]
-        return above[above > limit]
-
-    num_threads = threads_of_rank()
-    with ThreadPoolExecutor(num_threads) as threads:
-        for start in range(0, num_probes, height):
-            rows = probe_QD[start : start + height]
-            scores = np.matmul(rows, gallery_GD.T, out=dense[: len(rows)])
-            parts = np.array_split(scores, num_threads)
-            firsts = start + np.cumsum([0, *(len(part) for part in parts[:-1])])
-            impostors.add(threads.map(judge, parts, firsts, [impostors.limit] * num_threads))
-    return Search(mate_score_Q, mate_rank_Q, best_score_Q, len(subject_S), impostors.sorted())
 
 
 def closed_set(
@@ -201,49 +115,3 @@ def pair_recall(found: Search, fars: Sequence[float] = (0.01, 0.1)) -> list[Pair
         limit = found.impostor_K[top - 1]
         points.append(PairRecall(far, float(np.count_nonzero(mate_score > limit) / len(mate_score)), float(limit)))
     return points
-
-
-def _group_by_subject(gallery_GD, gallery_subject_G):
-    """Gallery rows with each subject's together, subjects in order of first appearance; first row of each."""
-    subject_S, first_S, inverse_G = np.unique(gallery_subject_G, return_index=True, return_inverse=True)
-    place_S = np.empty(len(subject_S), np.int64)
-    appearance = np.argsort(first_S)
-    place_S[appearance] = np.arange(len(subject_S))
-    order_G = np.argsort(place_S[inverse_G], kind="stable")
-    starts_S = np.append(0, np.cumsum(np.bincount(place_S[inverse_G]))[:-1])
-    return gallery_GD[order_G], subject_S[appearance], starts_S
-
-
-def _columns(subject_S, probe_subject_Q):
-    """Column of each probe's subject, -1 where the gallery lacks it."""
-    order = np.argsort(subject_S)
-    place = np.minimum(np.searchsorted(subject_S[order], probe_subject_Q), len(subject_S) - 1)
-    return np.where(subject_S[order][place] == probe_subject_Q, order[place], -1)
-
-
-def _ranks(others_QS, mate_Q, column_Q):
-    """1-based rank of each row's mate (left out of the scores): after better scores and equal ones before it."""
-    rank_Q = 1 + np.count_nonzero(others_QS > mate_Q[:, None], axis=1)
-    equal_QS = others_QS == mate_Q[:, None]
-    # Usually nothing equals the mate; only the rows where something does need the order of the gallery.
-    for row in np.flatnonzero(equal_QS.any(1)):
-        rank_Q[row] += np.count_nonzero(equal_QS[row, : column_Q[row]])
-    return rank_Q
-
-
-class _Highest:
-    """The k highest of a stream of scores."""
-
-    def __init__(self, count: int):
-        self.count = count
-        self.values = np.empty(0)
-        self.limit = -np.inf
-
-    def add(self, parts: Iterable[np.ndarray]) -> None:
-        self.values = np.concatenate([self.values, *parts])
-        if len(self.values) > self.count:
-            self.values = np.partition(self.values, len(self.values) - self.count)[-self.count :]
-            self.limit = self.values.min()
-
-    def sorted(self) -> np.ndarray:
-        return np.sort(self.values)[::-1]

@@ -33,12 +33,13 @@ from prettytable import PrettyTable
 
 from eval.embed import load_embedder
 from eval.features import aligned_image, protocol_features, weights_digest
-from eval.identification import ClosedSet, OpenSet, PairRecall, cmc, pair_recall, search, tpir_at_fpir
+from eval.identification import ClosedSet, OpenSet, PairRecall, cmc, pair_recall, tpir_at_fpir
 from eval.metrics import FARS, TarAtFar, roc_at, tar_at_far
 from eval.options import add_model_options, add_report_options, default_result_dir, told_settings
 from eval.plots import draw_errors, draw_histogram, draw_roc
 from eval.protocols import SubjectList, TemplateProtocol, read_csv_protocol, read_ijb
 from eval.report import write_csv, write_json, write_report
+from eval.search import search
 from eval.templates import pool_templates, score_pairs
 from utils import distributed
 from utils.errors import UserError, one_line_errors

@@ -191,7 +191,11 @@ def _score_rectangle(feature_TD, left_T, right_T, left_P, right_P):
         scores = np.matmul(rows, narrow_LD.T, out=dense[: len(rows)]).reshape(-1)
 
         def pick(start: int, low: int = first * num_left, scores: np.ndarray = scores) -> None:
-            cell = cell_P[start : start + _PAIRS_PER_CHUNK] - cell_P.dtype.type(low)
+            part = slice(start, start + _PAIRS_PER_CHUNK)
+            if low == 0:  # all pairs: those of later blocks are overwritten then
+                scores.take(cell_P[part], out=score_P[part], mode="clip")
+                return
+            cell = cell_P[part] - cell_P.dtype.type(low)
             inside = np.flatnonzero(cell.view(unsigned) < len(scores))  # a negative cell wraps to a large number
             score_P[start + inside] = scores.take(cell.take(inside))
 

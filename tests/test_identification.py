@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-import eval.identification as identification_module
-from eval.identification import closed_set, cmc, open_set, pair_recall, search, tpir_at_fpir
+import eval.search as search_module
+from eval.identification import closed_set, cmc, open_set, pair_recall, tpir_at_fpir
+from eval.search import search
 
 
 def brute_force(gallery, gallery_subject, probe, probe_subject, ranks, fpirs):
@@ -38,7 +39,7 @@ def brute_force(gallery, gallery_subject, probe, probe_subject, ranks, fpirs):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("block", [1, 1 << 21])
 def test_equal_to_brute_force(monkeypatch, templates_each, ties, block):
-    monkeypatch.setattr(identification_module, "_SCORES_PER_BLOCK", block)
+    monkeypatch.setattr(search_module, "_SCORES_PER_BLOCK", block)
     rng = np.random.default_rng(templates_each)
     centre = rng.normal(size=(30, 6))
     subject = np.repeat(np.arange(20), templates_each)
@@ -57,6 +58,33 @@ def test_equal_to_brute_force(monkeypatch, templates_each, ties, block):
     assert [point.tpir for point in opened] == pytest.approx(points)
     assert all(point.actual_fpir <= point.fpir for point in opened)
     assert 0 < rates[0] < 1
+
+
+@pytest.mark.parametrize("templates_each", [1, 2])
+def test_what_float32_cannot_tell_apart(templates_each):
+    """All gallery features within 1e-9 of each other: ranks, best scores and impostors are those of float64."""
+    rng = np.random.default_rng(5)
+    subject = np.repeat(np.arange(12), templates_each)
+    gallery = rng.normal(size=8) + 1e-9 * rng.normal(size=(len(subject), 8))
+    gallery /= np.linalg.norm(gallery, axis=1, keepdims=True)
+    probe = rng.normal(size=(40, 8))
+    probe /= np.linalg.norm(probe, axis=1, keepdims=True)
+    mate = rng.integers(0, 16, 40)
+    found = search(gallery, subject, probe, mate, num_impostors=30)
+    scores = (probe @ gallery.T).reshape(40, 12, templates_each).max(2)
+    np.testing.assert_allclose(found.best_score_Q, scores.max(1), rtol=0, atol=1e-14)
+    impostors = []
+    for row, wanted in enumerate(mate):
+        if wanted < 12:
+            assert found.mate_rank_Q[row] == 1 + (scores[row] > scores[row, wanted]).sum()
+        impostors += np.delete(scores[row], wanted).tolist() if wanted < 12 else scores[row].tolist()
+    np.testing.assert_allclose(found.impostor_K, sorted(impostors)[-30:][::-1], rtol=0, atol=1e-14)
+    assert len(set(found.mate_rank_Q.tolist())) > 5
+
+
+def test_features_far_from_unit_length_are_refused():
+    with pytest.raises(ValueError, match="normalise"):
+        search(1e9 * np.eye(2), np.arange(2), 1e9 * np.eye(2), np.arange(2))
 
 
 def test_hand_worked():
