@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -29,12 +28,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import psutil
 import sklearn
 from sklearn.metrics import roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
+from benchmarks.head_child import peak_bytes, reset_peak
 from eval.identification import cmc, pair_recall
 from eval.metrics import ACCURACY_GRID, FARS, VAL_GRID, tar_at_far, verification_metrics
 from eval.search import search
@@ -180,30 +179,6 @@ def our_verification(embedding_ND, same_P):
     return [m.accuracy, m.accuracy_std, m.val, m.val_std, m.far, *m.tpr_K.tolist(), *m.fpr_K.tolist()]
 
 
-class PeakMemory:
-    """Peak resident memory (MB) within a ``with`` block, above that at its start; sampled every 2 ms."""
-
-    def __enter__(self):
-        self.process, self.done = psutil.Process(), threading.Event()
-        self.start = self.peak = self.process.memory_info().rss
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self):
-        while not self.done.wait(0.002):
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def __exit__(self, *_):
-        self.done.set()
-        self.thread.join()
-        self.peak = max(self.peak, self.process.memory_info().rss)
-
-    @property
-    def megabytes(self) -> float:
-        return (self.peak - self.start) / 2**20
-
-
 def work(name: str, folder: Path) -> dict:
     """One measurement, in a process of its own: seconds, peak memory and the figures found."""
     case, side = name.split(":")
@@ -212,11 +187,12 @@ def work(name: str, folder: Path) -> dict:
         template_T, pooled_TD = pool_templates(load["feature"], load["template"], load["media"])
         rows = [np.searchsorted(template_T, load[key]) for key in ("gallery", "probe")]
         load = {"gallery": pooled_TD[rows[0]], "probe": pooled_TD[rows[1]], "mate": load["probe_subject"]}
-    with PeakMemory() as memory:
-        start, cpu_start = time.perf_counter(), time.process_time()
-        figures = FUNCTIONS[case, side](*load.values())
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": memory.megabytes, "figures": figures}
+    held = reset_peak()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    figures = FUNCTIONS[case, side](*load.values())
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    peak_mb = (peak_bytes() - held) / 2**20  # the kernel's own record: nothing runs beside what is timed
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb, "figures": figures}
 
 
 CASE_ARRAYS = {

@@ -13,7 +13,8 @@ from scipy import sparse
 from utils.cores import threads_of_rank
 
 _ROWS_PER_BLOCK = 1024
-_SCORES_PER_BLOCK = 36 << 20
+_SCORES_PER_BLOCK = 72 << 20  # 600 MB: all of IJB-C at once
+_ROWS_PER_PRODUCT = 4096
 _PAIRS_PER_CHUNK = 1 << 18
 _PAIRS_PER_GATHER = 1 << 11
 _RECTANGLE_PAIRS = 100_000
@@ -101,7 +102,11 @@ def score_pairs(template_T: np.ndarray, feature_TD: np.ndarray, left_P: np.ndarr
     find = _RowFinder(template_T)
     (left_P, left_T), (right_P, right_T) = find(left_P), find(right_P)
     if len(left_P) >= _RECTANGLE_PAIRS and left_T.sum() * right_T.sum() <= 16 * len(left_P):
-        return _score_rectangle(feature_TD, left_T, right_T, left_P, right_P)
+        if left_T.sum() > right_T.sum():
+            left_T, right_T, left_P, right_P = right_T, left_T, right_P, left_P
+        cell_P = _cells(left_T, right_T, left_P, right_P)
+        del left_P, right_P  # memory: what follows is the peak
+        return _score_rectangle(feature_TD, left_T, right_T, cell_P)
     score_P = np.empty(len(left_P))
     for start in range(0, len(left_P), _PAIRS_PER_GATHER):
         part = slice(start, start + _PAIRS_PER_GATHER)
@@ -171,24 +176,24 @@ class _RowFinder:
         return row_P
 
 
-def _score_rectangle(feature_TD, left_T, right_T, left_P, right_P):
-    """Blocks of the wider side times all of the narrower; then each thread picks the pairs of its chunks.
+def _score_rectangle(feature_TD, left_T, right_T, cell_P):
+    """All of the narrower (left) side times as much of the wider as memory allows; then the pairs are picked from it.
 
-    ``left_P``, ``right_P`` are rows (they are used up), ``left_T``, ``right_T`` say which rows occur on a side.
+    ``left_T``, ``right_T`` say which rows occur on a side, ``cell_P`` where a pair lies in the right x left rectangle.
     """
-    if np.count_nonzero(left_T) > np.count_nonzero(right_T):
-        left_T, right_T, left_P, right_P = right_T, left_T, right_P, left_P
-    narrow_LD, wide_RD = feature_TD[left_T], feature_TD[right_T]
-    num_left, num_right = len(narrow_LD), len(wide_RD)
-    cell_P = _cells(left_T, right_T, left_P, right_P)
+    narrow_LD, wide_R = feature_TD[left_T], np.flatnonzero(right_T)
+    num_left, num_right = len(narrow_LD), len(wide_R)
     starts = range(0, len(cell_P), _PAIRS_PER_CHUNK)
     score_P = np.empty(len(cell_P))
     height = -(-num_right // -(-num_left * num_right // _SCORES_PER_BLOCK))  # blocks of about the same height
     dense = np.empty((height, num_left))
     unsigned = np.uint32 if cell_P.dtype == np.int32 else np.uint64
     for first in range(0, num_right, height):
-        rows = wide_RD[first : first + height]
-        scores = np.matmul(rows, narrow_LD.T, out=dense[: len(rows)]).reshape(-1)
+        rows_H = wide_R[first : first + height]
+        for begin in range(0, len(rows_H), _ROWS_PER_PRODUCT):
+            part = slice(begin, min(begin + _ROWS_PER_PRODUCT, len(rows_H)))
+            np.matmul(feature_TD[rows_H[part]], narrow_LD.T, out=dense[part])
+        scores = dense[: len(rows_H)].reshape(-1)
 
         def pick(start: int, low: int = first * num_left, scores: np.ndarray = scores) -> None:
             part = slice(start, start + _PAIRS_PER_CHUNK)
