@@ -71,7 +71,8 @@ class SampleReader:
         as_float = images.dtype == np.float32
         scratch = np.empty((*self.size, 3), np.uint8) if as_float else None
         planes = np.empty((3, *self.size), np.uint8) if as_float else None
-        wanted = zip(samples.tolist(), mirror.tolist(), self._fetch_many(samples), strict=True)
+        # All are fetched before the first is decoded: threads that do both in turns hold each other up (the GIL).
+        wanted = zip(samples.tolist(), mirror.tolist(), list(self._fetch_many(samples)), strict=True)
         for row, (sample, flipped, (data, label)) in enumerate(wanted):
             labels[row] = label
             image = pixels = scratch if as_float else images[row]
@@ -386,7 +387,7 @@ def build_train_loader(
         "drop_last": drop_last,
         "prefetch": prefetch,
         "normalize": normalize,
-        "chunk": 32,
+        "chunk": 64,
         "pipeline": Pipeline,
     }
     return TrainLoader(SampleReader(source, size, RESIZE_MODES[resize], augment or {}, seed), batch_size, options)
