@@ -1,8 +1,9 @@
 """Data sources, one class each, and the way to the training loader.
 
 A source has ``len``, ``keys`` (int64 [N]) and ``source[i] -> (uint8 RGB [H, W, 3], int label)``. The loader uses
-``fetch(i) -> (encoded bytes or pixels, label)``, so that decoding goes straight into the batch, and ``describe(i)``,
-the name of sample i in messages. A source may be shared by threads and pickled for worker processes.
+``fetch(i) -> (encoded bytes or pixels, label)``, so that decoding goes straight into the batch (``fetch_many`` where a
+source has a faster way for many), and ``describe(i)``, the name of sample i in messages. A source may be shared by
+threads and pickled for worker processes.
 """
 
 import gzip
