@@ -1,6 +1,6 @@
 """Embedding speed: our automatic engine beside Paddle's dynamic graph and PyTorch eager, on CPU.
 
-    python benchmarks/embed.py [--json FILE] [--networks iresnet18 iresnet50] [--batch 16] [--runs 5] [--threads 2]
+    python benchmarks/embed.py [--json FILE] [--networks iresnet18 iresnet50] [--batch 16] [--runs 9] [--threads 2]
 
 From uint8 112x112 images to embeddings on the host, the same weights on every side, the same number of threads. Each
 side is a process of its own; they take turns, one batch each, so that a slow minute of the machine hits all of them.
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=tuple(DEPTHS))
     parser.add_argument("--batch", type=int, default=16, help="images a turn, at most 64 (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="measured turns, after one that is not")
+    parser.add_argument("--runs", type=int, default=9, help="measured turns, after one that is not")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
     parser.add_argument("--child", nargs=3, metavar=("SIDE", "NETWORK", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
