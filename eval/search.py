@@ -92,8 +92,9 @@ def search(
         mate_rank_Q[start + mated] = 1
         beaten = np.flatnonzero(best_other[mated] >= mate)
         row, mate, column = mated[beaten], mate[beaten], column[beaten]
-        better = scores[row] > (mate + error)[:, None]
-        row_K, column_K = _cells((scores[row] >= (mate - error)[:, None]) & ~better)
+        others = scores[row]
+        better = others > (mate + error)[:, None]
+        row_K, column_K = _cells((others >= (mate - error)[:, None]) & ~better)
         score_K = exact(start + row[row_K], column_K)
         ahead_K = (score_K > mate[row_K]) | ((score_K == mate[row_K]) & (column_K < column[row_K]))
         mate_rank_Q[start + row] += better.sum(1) + np.bincount(row_K[ahead_K], minlength=len(row))

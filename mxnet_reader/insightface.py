@@ -5,6 +5,7 @@ and identity records (no image bytes either) those from N + 1 on. Without it eve
 float32, so above 2**24 the header can be off by a few: the border is then looked up in the records themselves.
 """
 
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def read_plain_images(file: RecordFile, index: RecordIndex, keys: np.ndarray) ->
             and stop > _RECORD_START.size
             and not any(block[stop:])
             and flag == 0
-            and 0 <= label < EXACT * EXACT  # false for NaN
+            and 0 <= label < math.inf  # false for NaN
             and label == int(label)
         ):
             yield block[_RECORD_START.size : stop], int(label)

@@ -11,7 +11,6 @@ threads do it while the image is in their cache.
 B local batch, W ranks, N samples, H and W (as an axis) image size.
 """
 
-import functools
 import queue
 import weakref
 from collections import deque
@@ -38,10 +37,6 @@ def normalise_image(image: np.ndarray, out: np.ndarray, planes: np.ndarray) -> N
     cv2.LUT(planes.reshape(-1, planes.shape[-1]), _NORMALISED, dst=out.reshape(-1, out.shape[-1]))
 
 
-def _one_by_one(fetch: Callable, samples: np.ndarray) -> Iterator[tuple]:
-    return map(fetch, samples.tolist())
-
-
 class SampleReader:
     """Turns (source, sample number) into pixels in a batch; the same code in threads and processes.
 
@@ -57,8 +52,7 @@ class SampleReader:
     def __init__(self, source: object, size: tuple[int, int], resize: str | None, augment: dict, seed: int) -> None:
         self.source, self.size, self.resize, self.seed = source, size, resize, seed
         self.augment = build_augment(augment) if augment else None
-        one_by_one = functools.partial(_one_by_one, getattr(source, "fetch", None) or source.__getitem__)
-        self._fetch_many: Callable = getattr(source, "fetch_many", one_by_one)
+        self._fetch: Callable = getattr(source, "fetch", None) or source.__getitem__
 
     def read(self, samples: np.ndarray, mirror: np.ndarray, epoch: int, images: np.ndarray, labels: np.ndarray) -> None:
         """Fill ``images`` and ``labels`` [n] int64 with the given samples.
@@ -72,7 +66,7 @@ class SampleReader:
         scratch = np.empty((*self.size, 3), np.uint8) if as_float else None
         planes = np.empty((3, *self.size), np.uint8) if as_float else None
         # All are fetched before the first is decoded: threads that do both in turns hold each other up (the GIL).
-        wanted = zip(samples.tolist(), mirror.tolist(), list(self._fetch_many(samples)), strict=True)
+        wanted = zip(samples.tolist(), mirror.tolist(), self._fetch_all(samples), strict=True)
         for row, (sample, flipped, (data, label)) in enumerate(wanted):
             labels[row] = label
             image = pixels = scratch if as_float else images[row]
@@ -85,6 +79,10 @@ class SampleReader:
                 normalise_image(image, images[row], planes)
             elif image is not pixels:
                 pixels[...] = image
+
+    def _fetch_all(self, samples: np.ndarray) -> list[tuple]:
+        many = getattr(self.source, "fetch_many", None)
+        return list(many(samples)) if many else [self._fetch(i) for i in samples.tolist()]
 
     def _decode(self, data: bytes | np.ndarray, sample: int, epoch: int, out: np.ndarray) -> None:
         """Pixels of a sample into ``out`` [H, W, 3]."""
