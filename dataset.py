@@ -57,9 +57,9 @@ class Source:
         """Encoded bytes (or uint8 RGB pixels) and label of sample i."""
         raise NotImplementedError
 
-    def fetch_many(self, samples: np.ndarray) -> Iterator[tuple[bytes | np.ndarray, int]]:
-        """``fetch`` of each sample in turn; a source that knows a faster way overrides it."""
-        return map(self.fetch, samples.tolist())
+    def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview | np.ndarray, int]]:
+        """``fetch`` of each sample; a source that knows a faster way overrides it."""
+        return [self.fetch(i) for i in samples.tolist()]
 
     def describe(self, i: int) -> str:
         """Name of sample i for messages."""
@@ -121,9 +121,9 @@ class FaceRecordDataset(Source):
         start, label = self._read_header(i, payload)
         return payload[start:], label
 
-    def fetch_many(self, samples: np.ndarray) -> Iterator[tuple[bytes, int]]:
+    def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview, int]]:
         plain = read_plain_images(self._file, self.index, self.keys[samples])
-        return (found or self.fetch(i) for i, found in zip(samples.tolist(), plain, strict=True))
+        return [found or self.fetch(i) for i, found in zip(samples.tolist(), plain, strict=True)]
 
     def _read_header(self, i: int, payload: bytes) -> tuple[int, int]:
         """(where the image starts, label) of a record."""

@@ -7,7 +7,6 @@ float32, so above 2**24 the header can be off by a few: the border is then looke
 
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from mxnet_reader.format import IMAGE_HEADER, MAGIC
 from mxnet_reader.index import RecordIndex
 
 EXACT = 1 << 24  # above it float32 no longer holds every integer
-_RECORD_START = struct.Struct("<II" + IMAGE_HEADER.format[1:])  # of the part and of the image
+_START = struct.Struct("<II" + IMAGE_HEADER.format[1:])  # of the part and of the image
 
 
 @dataclass(frozen=True)
@@ -81,29 +80,32 @@ def read_key(file: RecordFile, index: RecordIndex, key: int) -> bytes:
     return file.read_record(offset, key, limit)[0]
 
 
-def read_plain_images(file: RecordFile, index: RecordIndex, keys: np.ndarray) -> Iterator[tuple[bytes, int] | None]:
-    """(encoded image, label) of each key, in one read and few steps a record: what a training loader asks for.
+def read_plain_images(file: RecordFile, index: RecordIndex, keys: np.ndarray) -> list[tuple[memoryview, int] | None]:
+    """(encoded image, label) of each key: what a training loader asks for, in one read and few steps a record.
 
     None stands for a record that is not plain (several parts or labels, an end that is not where the index has the next
-    record, damage): ``RecordFile.read_record`` tells what it is.
+    record, damage): ``RecordFile.read_record`` tells what it is. The views share one piece of memory and keep it alive.
     """
     offset_K, limit_K = index.places(keys)
-    for offset, size in zip(offset_K.tolist(), (limit_K - offset_K).tolist(), strict=True):
-        block = file.read_bytes(size, offset) if _RECORD_START.size < size <= MAX_GUESS else b""
-        if not block or len(block) != size:
-            yield None
-            continue
-        magic, word, flag, label, _, _ = _RECORD_START.unpack_from(block)
-        stop = 8 + word  # a word with a continuation flag is far above the limit
-        if (
-            magic == MAGIC
-            and stop + 3 & ~3 == size
-            and stop > _RECORD_START.size
-            and not any(block[stop:])
-            and flag == 0
-            and 0 <= label < math.inf  # false for NaN
-            and label == int(label)
-        ):
-            yield block[_RECORD_START.size : stop], int(label)
-        else:
-            yield None
+    size_K = np.clip(limit_K - offset_K, 0, MAX_GUESS)
+    view, stop = memoryview(np.empty(size_K.sum(), np.uint8)), 0
+    found: list[tuple[memoryview, int] | None] = []
+    for offset, size in zip(offset_K.tolist(), size_K.tolist(), strict=True):
+        start, stop = stop, stop + size
+        block = view[start:stop]
+        pair = None
+        if size > _START.size and file.read_into(block, offset) == size:
+            magic, length, flag, label, _, _ = _START.unpack_from(block)
+            end = 8 + length  # a length with a continuation flag is far above the size
+            if (
+                magic == MAGIC
+                and end + 3 & ~3 == size
+                and end > _START.size
+                and flag == 0
+                and 0 <= label < math.inf  # false for NaN
+                and label == int(label)
+                and not any(block[end:])
+            ):
+                pair = block[_START.size : end], int(label)
+        found.append(pair)
+    return found

@@ -14,4 +14,4 @@ def share_numpy(array: np.ndarray) -> paddle.Tensor:
     """A CPU tensor on the array's own memory (DLPack); it keeps the array alive. Paddle 2.6 takes capsules only."""
     from paddle.utils import dlpack
 
-    return dlpack.from_dlpack(array if paddle_version() >= (3, 0) else array.__dlpack__())
+    return dlpack.from_dlpack(array.__dlpack__())

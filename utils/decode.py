@@ -22,7 +22,7 @@ class DecodeError(ValueError):
     """Bytes that are not a whole image."""
 
 
-def decode_image(encoded: bytes, out: np.ndarray | None = None) -> np.ndarray:
+def decode_image(encoded: bytes | memoryview, out: np.ndarray | None = None) -> np.ndarray:
     """Decode JPEG, PNG or what else OpenCV reads; grey becomes three equal channels.
 
     Args:
@@ -35,10 +35,18 @@ def decode_image(encoded: bytes, out: np.ndarray | None = None) -> np.ndarray:
     Raises:
         DecodeError: empty, cut or damaged data, naming what is wrong.
     """
-    if encoded[:3] == JPEG_START and simplejpeg is not None:
-        image = _decode_jpeg(encoded, out)
-        if image is not None:
-            return image
+    if simplejpeg is not None:
+        if out is not None:
+            try:  # nearly always a JPEG of the right size: no look at it before
+                if simplejpeg.decode_jpeg(encoded, buffer=out).shape == out.shape:
+                    return out
+            except ValueError:  # damaged, larger than the buffer, another colour space or format: found out below
+                pass
+        if encoded[:3] == JPEG_START:
+            image = _decode_jpeg(encoded)
+            if image is not None:
+                return image
+    encoded = bytes(encoded)
     check_whole(encoded)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
@@ -52,15 +60,8 @@ def decode_image(encoded: bytes, out: np.ndarray | None = None) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _decode_jpeg(encoded: bytes, out: np.ndarray | None) -> np.ndarray | None:
+def _decode_jpeg(encoded: bytes | memoryview) -> np.ndarray | None:
     """None for the few colour spaces (CMYK) that simplejpeg does not turn into RGB."""
-    if out is not None:
-        try:  # nearly always it fits: no look at the header first
-            image = simplejpeg.decode_jpeg(encoded, buffer=out)
-            if image.shape == out.shape:
-                return out
-        except ValueError:  # damaged, larger than the buffer, or another colour space: found out below
-            pass
     try:
         if simplejpeg.decode_jpeg_header(encoded)[2] in ("CMYK", "YCCK"):
             return None

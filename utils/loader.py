@@ -27,7 +27,9 @@ from utils.errors import UserError
 RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop", "window": "window"}
 MODES = ("thread", "process")
 
-
+# Rows of a batch zeroed at a time before they are decoded into: a stream of zeros brings them into the cache faster
+# than the decoder's scattered writes would (3 % of its time).
+_ROWS_IN_CACHE = 8
 _NORMALISED = np.arange(256, dtype=np.float32) * np.float32(2 / 255) - np.float32(1)
 
 
@@ -66,9 +68,12 @@ class SampleReader:
         scratch = np.empty((*self.size, 3), np.uint8) if as_float else None
         planes = np.empty((3, *self.size), np.uint8) if as_float else None
         # All are fetched before the first is decoded: threads that do both in turns hold each other up (the GIL).
-        wanted = zip(samples.tolist(), mirror.tolist(), self._fetch_all(samples), strict=True)
-        for row, (sample, flipped, (data, label)) in enumerate(wanted):
-            labels[row] = label
+        fetched = self._fetch_all(samples)
+        labels[:] = [label for _, label in fetched]
+        wanted = zip(samples.tolist(), mirror.tolist(), fetched, strict=True)
+        for row, (sample, flipped, (data, _)) in enumerate(wanted):
+            if not as_float and row % _ROWS_IN_CACHE == 0:
+                images[row : row + _ROWS_IN_CACHE].fill(0)
             image = pixels = scratch if as_float else images[row]
             self._decode(data, sample, epoch, pixels)
             if self.augment is not None:
@@ -82,7 +87,7 @@ class SampleReader:
 
     def _fetch_all(self, samples: np.ndarray) -> list[tuple]:
         many = getattr(self.source, "fetch_many", None)
-        return list(many(samples)) if many else [self._fetch(i) for i in samples.tolist()]
+        return many(samples) if many else [self._fetch(i) for i in samples.tolist()]
 
     def _decode(self, data: bytes | np.ndarray, sample: int, epoch: int, out: np.ndarray) -> None:
         """Pixels of a sample into ``out`` [H, W, 3]."""

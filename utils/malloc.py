@@ -30,7 +30,8 @@ def advise_huge_pages(address: int, num_bytes: int) -> None:
 def keep_freed_memory(huge_bytes: int | None = None) -> bool:
     """Tell glibc to serve large blocks from its heap and never to give them back; ask for huge pages there.
 
-    Call it early in a process that trains or embeds on CPU; again does no harm. Peak memory is what the largest step needs, plus fragmentation.
+    Call it early in a process that trains or embeds on CPU; again does no harm. Peak memory is what the largest step
+    needs, plus fragmentation.
 
     Args:
         huge_bytes: how much address space to mark for huge pages, an eighth of the machine's memory unless told.
