@@ -71,7 +71,7 @@ class DataConfig(Section):
     split: Literal["train", "test"] | None = None  # mnist
     num_threads: PositiveInt = 2  # decoder threads (or processes) of one rank
     mode: Literal["thread", "process"] = "thread"
-    prefetch: PositiveInt = 3  # batches decoded ahead
+    prefetch: PositiveInt = 4  # batches decoded ahead
     flip: bool = True  # mirror each image with probability one half
     augment: dict[str, dict[str, bool | float]] = {}  # name -> parameters, see utils/augment.py; none by default
 

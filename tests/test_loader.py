@@ -294,6 +294,53 @@ def test_interpreter_ends_while_a_loader_runs(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "end", done.stderr
 
 
+@pytest.mark.parametrize("waiting", [False, True])
+def test_closing_ends_an_iteration_that_goes_on(waiting):
+    """No hang: neither for who asks for the next batch afterwards nor for who waits for one in another thread."""
+    begun, release = threading.Event(), threading.Event()
+
+    class Slow(Numbered):
+        def fetch(self, i):
+            begun.set()
+            if waiting:
+                release.wait(30)
+            return super().fetch(i)
+
+    loader = build_train_loader(Slow(64), 8, num_threads=2, image_size=8, prefetch=2)
+    outcome = []
+
+    def consume():
+        try:
+            for _ in loader:
+                if not waiting:
+                    loader.close()
+        except RuntimeError as error:
+            outcome.append(str(error))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    if waiting:
+        assert begun.wait(30)
+        threading.Timer(0.2, release.set).start()
+        loader.close()
+    consumer.join(30)
+    assert not consumer.is_alive() and outcome == ["the loader was closed while it was iterated"]
+    assert not loader_threads()
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_of_several_errors_the_first_sample_s_is_raised(num_threads):
+    class Failing(Numbered):
+        def fetch(self, i):
+            time.sleep(0.05 if i == first else 0)  # the others fail before
+            raise LookupError(f"sample {i}")
+
+    loader = build_train_loader(Failing(48), 48, num_threads=num_threads, image_size=8, prefetch=1)
+    first = int(loader.order(0)[0])
+    with pytest.raises(LookupError, match=f"^sample {first}$"):
+        list(loader)
+
+
 def test_shared_memory_is_checked(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="MiB needed"):
         check_shared_memory(1 << 60)
@@ -305,7 +352,7 @@ def test_shared_memory_is_checked(tmp_path, monkeypatch):
         f_bavail, f_frsize = 64, 1024
 
     monkeypatch.setattr(os, "statvfs", lambda folder: Small if folder == "/dev/shm" else real)
-    loader = build_train_loader(Numbered(64, size=112), 32, mode="process")
+    loader = build_train_loader(Numbered(64, size=112), 32, mode="process", prefetch=3)
     with pytest.raises(UserError, match=r"/dev/shm: 6 MiB needed .* 0 MiB free; .*--shm-size"):
         next(iter(loader))
 

@@ -11,18 +11,16 @@ threads do it while the image is in their cache.
 B local batch, W ranks, N samples, H and W (as an axis) image size.
 """
 
-import queue
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
 
-from utils.augment import build_augment, flips, sample_rng
+from utils.augment import build_augment, sample_rng
 from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
+from utils.loader_thread import ThreadPipeline
 
 RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop", "window": "window"}
 MODES = ("thread", "process")
@@ -248,78 +246,6 @@ class TrainLoader:
             pipeline.close()
 
 
-class BufferPool:
-    """Preallocated batches; one comes back by itself when the last tensor that shares it is gone."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: type, count: int) -> None:
-        self._free: queue.SimpleQueue = queue.SimpleQueue()
-        for _ in range(count):
-            self._free.put(np.empty(shape, dtype))
-        self._shape, self._dtype = shape, dtype
-
-    def take(self, num_rows: int) -> np.ndarray:
-        """A batch of at most the pool's rows; a new buffer if the consumer keeps all of them."""
-        try:
-            buffer = self._free.get_nowait()
-        except queue.Empty:
-            buffer = np.empty(self._shape, self._dtype)
-        view = buffer[:num_rows]
-        weakref.finalize(view, self._free.put, buffer).atexit = False
-        return view
-
-
-class ThreadPipeline:
-    """Decodes batches ahead in a pool of threads.
-
-    Args:
-        reader: reads samples.
-        batch_size: B.
-        epoch: for the draws.
-        options: num_threads, prefetch, flip, world size and so on, see ``build_train_loader``.
-    """
-
-    def __init__(self, reader: SampleReader, batch_size: int, epoch: int, options: dict) -> None:
-        self._reader, self._epoch, self._options = reader, epoch, options
-        self._pool = ThreadPoolExecutor(options["num_threads"], thread_name_prefix="face-loader")
-        as_float = options["normalize"] and options["flip_on_host"]
-        shape = (batch_size, 3, *reader.size) if as_float else (batch_size, *reader.size, 3)
-        self._buffers = BufferPool(shape, np.float32 if as_float else np.uint8, options["prefetch"] + 2)
-        self._chunk = max(1, min(options["chunk"], -(-batch_size // options["num_threads"])))
-
-    def run(self, batches: Iterator) -> Iterator[tuple]:
-        waiting: deque = deque()
-        batches = iter(batches)
-        while True:
-            while len(waiting) < self._options["prefetch"]:
-                following = next(batches, None)
-                if following is None:
-                    break
-                waiting.append(self._submit(*following))
-            if not waiting:
-                return
-            samples, position, images, labels, mirror, futures = waiting.popleft()
-            for future in futures:
-                future.result()
-            yield samples, position, images, labels, mirror
-            del images, labels, futures
-
-    def _submit(self, samples: np.ndarray, position: int) -> tuple:
-        images, labels = self._buffers.take(len(samples)), np.empty(len(samples), np.int64)
-        mirror = (
-            flips(self._reader.seed, self._epoch, samples) if self._options["flip"] else np.zeros(len(samples), bool)
-        )
-        here = mirror & self._options["flip_on_host"]
-        futures = []
-        for start in range(0, len(samples), self._chunk):
-            part = slice(start, start + self._chunk)
-            work = (samples[part], here[part], self._epoch, images[part], labels[part])
-            futures.append(self._pool.submit(self._reader.read, *work))
-        return samples, position, images, labels, mirror, futures
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
 def build_train_loader(
     source: object,
     batch_size: int,
@@ -334,7 +260,7 @@ def build_train_loader(
     image_size: int | tuple[int, int] = 112,
     resize: bool | str = False,
     drop_last: bool = True,
-    prefetch: int = 3,
+    prefetch: int = 4,
     normalize: bool = True,
     flip_on_host: bool | None = None,
 ) -> TrainLoader:
@@ -390,7 +316,7 @@ def build_train_loader(
         "drop_last": drop_last,
         "prefetch": prefetch,
         "normalize": normalize,
-        "chunk": 64,
+        "chunk": 128,
         "pipeline": Pipeline,
     }
     return TrainLoader(SampleReader(source, size, RESIZE_MODES[resize], augment or {}, seed), batch_size, options)
