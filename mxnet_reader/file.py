@@ -60,7 +60,7 @@ class RecordFile:
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._fd = self._handle.fileno()
         self._read_at = self._pread if self._use_pread else self._locked_read
-        self._fill_at = self._preadv if self._use_pread and hasattr(os, "preadv") else self._copy_into
+        self._use_preadv = self._use_pread and hasattr(os, "preadv")
         self.size = os.fstat(self._fd).st_size
 
     def close(self) -> None:
@@ -120,22 +120,18 @@ class RecordFile:
         """At most ``num_bytes`` bytes from ``offset``; fewer only at the end of the file."""
         return self._read_at(max(0, min(num_bytes, self.size - offset)), offset)
 
-    def _preadv(self, view: memoryview, offset: int) -> int:
-        if self._handle.closed:
-            raise ValueError(f"{self.path}: read after close")
-        return os.preadv(self._fd, [view], offset)
-
-    def _copy_into(self, view: memoryview, offset: int) -> int:
-        block = self._read_at(len(view), offset)
-        view[: len(block)] = block
-        return len(block)
-
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill ``view`` from ``offset`` on, without an object for the bytes; returns how many there were.
 
         Fewer at the end of the file, or after a signal: whoever needs the rest reads again.
         """
-        return self._fill_at(view, offset)
+        if not self._use_preadv:
+            block = self._read_at(len(view), offset)
+            view[: len(block)] = block
+            return len(block)
+        if self._handle.closed:
+            raise ValueError(f"{self.path}: read after close")
+        return os.preadv(self._fd, [view], offset)
 
     def read_record(
         self, offset: int, key: object = None, limit: int | None = None, trust_end: bool = False

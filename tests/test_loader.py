@@ -306,7 +306,8 @@ def test_closing_ends_an_iteration_that_goes_on(waiting):
                 release.wait(30)
             return super().fetch(i)
 
-    loader = build_train_loader(Slow(64), 8, num_threads=2, image_size=8, prefetch=2)
+    # Waiting: the second of two batches is not begun when the loader is closed, and nothing is submitted afterwards.
+    loader = build_train_loader(Slow(16 if waiting else 64), 8, num_threads=1, image_size=8, prefetch=2)
     outcome = []
 
     def consume():
@@ -317,7 +318,7 @@ def test_closing_ends_an_iteration_that_goes_on(waiting):
         except RuntimeError as error:
             outcome.append(str(error))
 
-    consumer = threading.Thread(target=consume)
+    consumer = threading.Thread(target=consume, daemon=True)
     consumer.start()
     if waiting:
         assert begun.wait(30)

@@ -316,7 +316,6 @@ def build_train_loader(
         "drop_last": drop_last,
         "prefetch": prefetch,
         "normalize": normalize,
-        "chunk": 128,
         "pipeline": Pipeline,
     }
     return TrainLoader(SampleReader(source, size, RESIZE_MODES[resize], augment or {}, seed), batch_size, options)

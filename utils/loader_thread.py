@@ -11,6 +11,9 @@ import numpy as np
 
 from utils.augment import flips
 
+_LARGEST_PIECE = 128  # images
+_CLOSED = "the loader was closed while it was iterated"
+
 
 class BufferPool:
     """Preallocated batches; one comes back by itself when the last tensor that shares it is gone."""
@@ -49,7 +52,7 @@ class ThreadPipeline:
         self._buffers = BufferPool(shape, np.float32 if as_float else np.uint8, options["prefetch"] + 2)
         # As large as keeps all threads busy: each piece costs a thread a dozen steps with cold caches.
         pieces = -(-options["num_threads"] // max(1, options["prefetch"] - 1))
-        self._chunk = min(options["chunk"], -(-batch_size // pieces))
+        self._piece = min(_LARGEST_PIECE, -(-batch_size // pieces))
         # Threads and queues of our own: a pool's futures take the interpreter's lock from the decoders too often.
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         threads = [
@@ -85,13 +88,13 @@ class ThreadPipeline:
         )
         here = mirror & self._options["flip_on_host"]
         done: queue.SimpleQueue = queue.SimpleQueue()
-        starts = range(0, len(samples), self._chunk)
+        starts = range(0, len(samples), self._piece)
         for start in starts:
-            part = slice(start, start + self._chunk)
+            part = slice(start, start + self._piece)
             work = (samples[part], here[part], self._epoch, images[part], labels[part])
             self._work.put((start, work, done))
         if not self._stop.alive:  # looked at after putting: nobody would answer
-            raise RuntimeError("the loader was closed while it was iterated")
+            raise RuntimeError(_CLOSED)
         return samples, position, images, labels, mirror, done, len(starts)
 
     def close(self) -> None:
@@ -116,7 +119,7 @@ def _stop_threads(work: queue.SimpleQueue, threads: list[threading.Thread]) -> N
     with contextlib.suppress(queue.Empty):
         while True:
             start, _, done = work.get_nowait()
-            done.put((start, RuntimeError("the loader was closed while it was iterated")))
+            done.put((start, RuntimeError(_CLOSED)))
     for _ in threads:
         work.put(None)
     for thread in threads:
