@@ -27,8 +27,10 @@ from pydantic import (
     model_validator,
 )
 
+from utils.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A configuration that cannot be used; the message is one line."""
 
 
@@ -73,7 +75,7 @@ class DataConfig(Section):
     mode: Literal["thread", "process"] = "thread"
     prefetch: PositiveInt = 4  # batches decoded ahead
     flip: bool = True  # mirror each image with probability one half
-    augment: dict[str, dict[str, bool | float]] = {}  # name -> parameters, see utils/augment.py; none by default
+    augment: dict[str, dict[str, bool | float]] = {}  # name -> parameters, see utils/data/augment.py; none by default
 
 
 class ModelConfig(Section):
@@ -274,7 +276,7 @@ class Config(Section):
         return self
 
 
-_FREE = "data.augment."  # below it the names are those of utils/augment.py, checked there
+_FREE = "data.augment."  # below it the names are those of utils/data/augment.py, checked there
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import paddle
 
+from utils.errors import UserError
+
 GRADIENTS = ("exact", "straight_through")
 BEYOND_PI = ("cosine", "linear")
 
@@ -47,7 +49,7 @@ class Margin:
             ``"sample"`` weighs each sample as the paper does.
 
     Raises:
-        ValueError: an argument is out of its range.
+        UserError: an argument is out of its range.
     """
 
     normalize_embedding = True
@@ -62,15 +64,15 @@ class Margin:
         focal_over: str = "batch",
     ):
         if not s > 0:
-            raise ValueError(f"s: {s} must be above 0")
+            raise UserError(f"s: {s} must be above 0")
         if gradient not in GRADIENTS:
-            raise ValueError(f"gradient: {gradient!r} is not one of {', '.join(GRADIENTS)}")
+            raise UserError(f"gradient: {gradient!r} is not one of {', '.join(GRADIENTS)}")
         if not 0 <= interclass_threshold <= 1:
-            raise ValueError(f"interclass_threshold: {interclass_threshold} must lie in [0, 1] (0 is off)")
+            raise UserError(f"interclass_threshold: {interclass_threshold} must lie in [0, 1] (0 is off)")
         if not focal_gamma >= 0:
-            raise ValueError(f"focal_gamma: {focal_gamma} must be 0 (off) or above")
+            raise UserError(f"focal_gamma: {focal_gamma} must be 0 (off) or above")
         if focal_over not in ("batch", "sample"):
-            raise ValueError(f"focal_over: {focal_over!r} is not one of batch, sample")
+            raise UserError(f"focal_over: {focal_over!r} is not one of batch, sample")
         self.scale = float(s)
         self.gradient = gradient
         self.interclass_threshold = float(interclass_threshold)
@@ -133,7 +135,7 @@ class Margin:
     def load_state(self, state: dict[str, float]) -> None:
         """Take back what ``state`` gave."""
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, but the checkpoint has {sorted(state)}")
+            raise UserError(f"{type(self).__name__} keeps no state, but the checkpoint has {sorted(state)}")
 
 
 class CombinedMargin(Margin):
@@ -162,13 +164,13 @@ class CombinedMargin(Margin):
     ):
         super().__init__(s=s, gradient=gradient, **common)
         if not m1 > 0:
-            raise ValueError(f"m1: {m1} must be above 0 (1 leaves the angle as it is)")
+            raise UserError(f"m1: {m1} must be above 0 (1 leaves the angle as it is)")
         if not (0 <= m2 <= math.pi and 0 <= m3 <= 2):
-            raise ValueError(f"margins: m2 {m2} must lie in [0, pi] and m3 {m3} in [0, 2]")
+            raise UserError(f"margins: m2 {m2} must lie in [0, pi] and m3 {m3} in [0, 2]")
         if beyond_pi not in BEYOND_PI:
-            raise ValueError(f"beyond_pi: {beyond_pi!r} is not one of {', '.join(BEYOND_PI)}")
+            raise UserError(f"beyond_pi: {beyond_pi!r} is not one of {', '.join(BEYOND_PI)}")
         if beyond_pi == "linear" and (m1 != 1 or easy_margin):
-            raise ValueError(f"beyond_pi='linear' needs m1=1 and easy_margin=False, got m1={m1}, {easy_margin}")
+            raise UserError(f"beyond_pi='linear' needs m1=1 and easy_margin=False, got m1={m1}, {easy_margin}")
         self.m1, self.m2, self.m3 = float(m1), float(m2), float(m3)
         self.easy_margin = easy_margin
         self.beyond_pi = beyond_pi
@@ -214,11 +216,11 @@ class SphereFace(Margin):
     ):
         super().__init__(s=1.0 if s is None else s, **common)
         if not m >= 1:
-            raise ValueError(f"m: {m} must be at least 1")
+            raise UserError(f"m: {m} must be at least 1")
         if min(lambda_min, lambda_base, lambda_gamma) < 0:
-            raise ValueError(f"lambda: {lambda_min}, {lambda_base}, {lambda_gamma} must be 0 or above")
+            raise UserError(f"lambda: {lambda_min}, {lambda_base}, {lambda_gamma} must be 0 or above")
         if s is None and self.interclass_threshold > 0:
-            raise ValueError("interclass_threshold compares cosines; give sphereface a scale s to use it")
+            raise UserError("interclass_threshold compares cosines; give sphereface a scale s to use it")
         self.normalize_embedding = s is not None
         self.m = float(m)
         self.lambda_min, self.lambda_base, self.lambda_gamma = lambda_min, lambda_base, lambda_gamma
@@ -270,7 +272,7 @@ class AdaFace(Margin):
     def __init__(self, s: float = 64.0, m: float = 0.4, h: float = 0.333, t_alpha: float = 0.01, **common):
         super().__init__(s=s, **common)
         if not (0 <= m <= math.pi / 2 and h >= 0 and 0 < t_alpha <= 1):
-            raise ValueError(f"adaface: m {m} in [0, pi/2], h {h} >= 0 and t_alpha {t_alpha} in (0, 1] needed")
+            raise UserError(f"adaface: m {m} in [0, pi/2], h {h} >= 0 and t_alpha {t_alpha} in (0, 1] needed")
         self.m, self.h, self.t_alpha = float(m), float(h), float(t_alpha)
         self.mean, self.std = 20.0, 100.0
 
@@ -318,7 +320,7 @@ class MagFace(Margin):
     ):
         super().__init__(s=s, **common)
         if not (0 < l_a < u_a and 0 <= l_m <= u_m <= math.pi and lambda_g >= 0):
-            raise ValueError(
+            raise UserError(
                 f"magface: 0 < l_a < u_a, 0 <= l_m <= u_m <= pi, lambda_g >= 0 needed, "
                 f"got l_a={l_a}, u_a={u_a}, l_m={l_m}, u_m={u_m}, lambda_g={lambda_g}"
             )
@@ -347,7 +349,7 @@ class LinearLogits(Margin):
     def __init__(self, **common):
         super().__init__(s=1.0, **common)
         if self.interclass_threshold > 0:
-            raise ValueError("interclass_threshold compares cosines; linear logits have none")
+            raise UserError("interclass_threshold compares cosines; linear logits have none")
 
     def target(self, q, norm):
         return TargetLogit(q, paddle.ones_like(q), paddle.zeros_like(q))
@@ -377,14 +379,14 @@ def build_margin(name: str, **params) -> Margin:
     """Margin by name (a key of ``MARGINS``) with the parameters of its class.
 
     Raises:
-        ValueError: unknown name, unknown parameter, or a value out of range.
+        UserError: unknown name, unknown parameter, or a value out of range.
     """
     if name not in MARGINS:
-        raise ValueError(f"margin: {name!r} is not one of {', '.join(sorted(MARGINS))}")
+        raise UserError(f"margin: {name!r} is not one of {', '.join(sorted(MARGINS))}")
     try:
         return MARGINS[name](**params)
     except TypeError as error:
-        raise ValueError(f"margin {name}: {error}") from None
+        raise UserError(f"margin {name}: {error}") from None
 
 
 def _sine(cos: paddle.Tensor) -> paddle.Tensor:

@@ -1,8 +1,9 @@
 """Partial FC: the classification head whose classes are split over ranks and sampled (An et al. 2021 and 2022).
 
 One file for the flow of an update; each part of it stands alone: margins are injected (``losses.py``), sampling is
-``utils/sampling.py``, the rows' optimiser ``utils/row_optim.py``, the arithmetic over class chunks
-``utils/head_paddle.py`` (any device) and ``utils/head_numpy.py`` (CPU), collectives ``utils/distributed.py``.
+``utils/head/sampling.py``, the rows' optimiser ``utils/head/optimizers.py``, the arithmetic over class chunks
+``utils/head/paddle_kernel.py`` (any device) and ``utils/head/numpy_kernel.py`` (CPU), collectives
+``utils/distributed.py``.
 ``docs/partial_fc.md`` derives what is used here.
 
 Legend: W ranks, B samples of a rank, G = W * B, D embedding size, C classes, N local classes, S rows of the update,
@@ -16,25 +17,26 @@ import numpy as np
 import paddle
 
 from utils import distributed
-from utils.head_kernel import build_kernel
-from utils.head_paddle import inverse_norm
-from utils.head_rows import Record, RowBank, dtype_name
-from utils.row_optim import build_optimizer
-from utils.sampling import sample_classes
+from utils.errors import UserError
+from utils.head.kernel import build_kernel
+from utils.head.optimizers import build_optimizer
+from utils.head.paddle_kernel import inverse_norm
+from utils.head.rows import Record, RowBank, dtype_name
+from utils.head.sampling import sample_classes
 
 
 class ClassShard:
     """The contiguous classes of one rank: ``C // W`` of them, one more on each of the first ``C % W`` ranks (trap 16).
 
     Raises:
-        ValueError: a rank out of range, or fewer classes than ranks.
+        UserError: a rank out of range, or fewer classes than ranks.
     """
 
     def __init__(self, num_classes: int, rank: int, world_size: int):
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank: {rank} must lie in [0, {world_size})")
+            raise UserError(f"rank: {rank} must lie in [0, {world_size})")
         if num_classes < world_size:
-            raise ValueError(f"num_classes: {num_classes} classes cannot be split over {world_size} ranks; use fewer")
+            raise UserError(f"num_classes: {num_classes} classes cannot be split over {world_size} ranks; use fewer")
         base, remainder = divmod(num_classes, world_size)
         self.num_classes, self.rank, self.world_size = num_classes, rank, world_size
         self.num_local = base + (rank < remainder)
@@ -70,7 +72,7 @@ class PartialFC:
         chunk_rows: class rows a chunk; default chosen by the backend.
 
     Raises:
-        ValueError: an argument is out of its range, or a label at a call.
+        UserError: an argument is out of its range, or a label at a call.
     """
 
     def __init__(
@@ -96,11 +98,11 @@ class PartialFC:
         chunk_rows: int | None = None,
     ):
         if not 0 <= sample_rate <= 1:
-            raise ValueError(f"sample_rate: {sample_rate} must lie in [0, 1]")
+            raise UserError(f"sample_rate: {sample_rate} must lie in [0, 1]")
         if embedding_size < 1:
-            raise ValueError(f"embedding_size: {embedding_size} must be at least 1")
+            raise UserError(f"embedding_size: {embedding_size} must be at least 1")
         if dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype: {dtype!r} is not one of float32, float64")
+            raise UserError(f"dtype: {dtype!r} is not one of float32, float64")
         self.shard = ClassShard(num_classes, rank, world_size)
         self.embedding_size, self.margin, self.sample_rate, self.seed = embedding_size, margin, sample_rate, seed
         self._optimizer_name = optimizer
@@ -137,26 +139,26 @@ class PartialFC:
             sampled: global ids to use instead of a draw (positives are added), for tests and comparisons.
         """
         if embedding_BD.ndim != 2 or embedding_BD.shape[1] != self.embedding_size:
-            raise ValueError(f"embedding: shape {embedding_BD.shape}, expected [batch, {self.embedding_size}]")
+            raise UserError(f"embedding: shape {embedding_BD.shape}, expected [batch, {self.embedding_size}]")
         label_G = self._gathered(label_B)
         if len(label_G) != embedding_BD.shape[0] * self.shard.world_size:
-            raise ValueError(f"label: shape {label_B.shape} for {embedding_BD.shape[0]} embeddings")
+            raise UserError(f"label: shape {label_B.shape} for {embedding_BD.shape[0]} embeddings")
         if not self._prepared and not self._has_gradient:
             self._draw(label_G, sampled)
         elif sampled is not None:
-            raise ValueError(
+            raise UserError(
                 "sampled: this update has its classes already; give it to the first call, without prepare()"
             )
         elif not np.isin(label_G, self._kept_labels).all():
             missing = np.setdiff1d(label_G, self._kept_labels)
-            raise ValueError(f"label: class {missing[0]} is not in this update's draw; prepare() with all its labels")
+            raise UserError(f"label: class {missing[0]} is not in this update's draw; prepare() with all its labels")
         if embedding_BD.dtype not in (paddle.float32, paddle.float64):
             embedding_BD = embedding_BD.astype("float32")
         keep = paddle.is_grad_enabled()
         return _HeadFunction.apply(embedding_BD, self._anchor, self, label_G, keep)
 
     def found_nonfinite(self) -> bool:
-        """Whether this rank's class gradient may hold inf or NaN; the caller asks all ranks (``any_rank``, trap 14)."""
+        """Whether this rank's class gradient may hold inf or NaN; the caller asks all ranks (``distributed.agree``)."""
         return any(not np.isfinite(float(bound)) for bound in self._bounds)
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
@@ -167,7 +169,7 @@ class PartialFC:
             grad_scale: factor on the class gradient before anything else, e.g. 1 / loss scale (trap 13).
         """
         if not self._has_gradient:
-            raise ValueError("step: no gradient; call backward on the head's loss first, or skip_step()")
+            raise UserError("step: no gradient; call backward on the head's loss first, or skip_step()")
         project = self.margin.normalize_weight
         self._kernel.apply(self._bank, self._ids_S, self._records, self._dense, float(lr), float(grad_scale), project)
         self._bank.stepped(self._ids_S, float(lr))
@@ -204,13 +206,13 @@ class PartialFC:
         """Checked labels [G] of all ranks; all ranks see all of them, so all raise if one is wrong."""
         shard, group = self.shard, (distributed.get_rank(), distributed.get_world_size())
         if (shard.rank, shard.world_size) != group:
-            raise ValueError(f"rank: the head is rank {shard.rank} of {shard.world_size}, this process {group}")
+            raise UserError(f"rank: the head is rank {shard.rank} of {shard.world_size}, this process {group}")
         return self._checked(distributed.all_gather_rows(_flat_label(label)).numpy())
 
     def _checked(self, label_G: np.ndarray) -> np.ndarray:
         wrong = label_G[(label_G < 0) | (label_G >= self.shard.num_classes)]
         if wrong.size:
-            raise ValueError(f"label: {wrong[0]} must lie in [0, {self.shard.num_classes})")
+            raise UserError(f"label: {wrong[0]} must lie in [0, {self.shard.num_classes})")
         return label_G
 
     def _draw(self, label_G: np.ndarray, sampled) -> None:
@@ -349,7 +351,7 @@ class PartialFC:
         """
         for key, value in self._identity().items():
             if meta.get(key) != value:
-                raise ValueError(f"head state: {key} is {meta.get(key)!r}, this head has {value!r}")
+                raise UserError(f"head state: {key} is {meta.get(key)!r}, this head has {value!r}")
         self._bank.load(rows, table)
         self.seed, self.num_updates = int(meta["seed"]), int(meta["num_updates"])
         self.margin.load_state(meta["margin"])
@@ -382,5 +384,5 @@ def _flat_label(label) -> paddle.Tensor:
     """[B] int64 of [B] or [B, 1] integers; the caller's tensor stays as it is (trap 21)."""
     label = label if isinstance(label, paddle.Tensor) else paddle.to_tensor(np.asarray(label))
     if label.dtype not in (paddle.int64, paddle.int32, paddle.int16, paddle.uint8, paddle.int8):
-        raise ValueError(f"label: {label.dtype} values are not class ids; integers are needed")
+        raise UserError(f"label: {label.dtype} values are not class ids; integers are needed")
     return label.reshape([-1]).astype("int64")

@@ -8,7 +8,6 @@ One update is ``update``; the loop around it is ``train``; what they work on is 
 """
 
 import contextlib
-import dataclasses
 import math
 import time
 import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which later imports crash
@@ -17,29 +16,33 @@ from pathlib import Path
 import paddle
 
 from backbones import build_backbone
-from config import Config, ConfigError, dump_config, parse_arguments
+from config import Config, dump_config, parse_arguments
 from dataset import build_source, build_train_loader
 from eval.during_training import Verification
 from losses import build_margin
 from partial_fc import PartialFC
 from utils import distributed
-from utils.callbacks import Meter, SpikeDetector, StopSignal, agree, angle_stats, due
-from utils.checkpoint import CheckpointWriter
-from utils.ema import Ema
 from utils.errors import UserError, one_line_errors
-from utils.initial import load_initial
-from utils.logging import RunLog
-from utils.lr_schedule import LrSchedule, scaled_lr
-from utils.malloc import keep_freed_memory
-from utils.optim import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
-from utils.parallel import Replica
-from utils.pictures import open_pictures
-from utils.precision import LossScaler, autocast, check_precision, pick_device
-from utils.run_folder import open_run_folder, save_pdparams, write_text
-from utils.run_state import Run, find_resume, fit_batch, restore, seed_update
-from utils.run_steps import fetch, finish, log_update, report_odd, save, together
-from utils.run_summary import summarize
-from utils.watchdog import Watchdog
+from utils.files import write_text
+from utils.head.angles import angle_stats
+from utils.model.ema import Ema
+from utils.model.optimizer import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
+from utils.model.precision import LossScaler, autocast, check_precision
+from utils.model.replica import Replica
+from utils.model.schedule import LrSchedule, scaled_lr
+from utils.run.checkpoint import CheckpointWriter
+from utils.run.folder import open_run_folder
+from utils.run.log import RunLog
+from utils.run.meters import Meter, SpikeDetector, due
+from utils.run.pictures import open_pictures
+from utils.run.signals import StopSignal
+from utils.run.state import Run, find_resume, fit_batch, restore, seed_update
+from utils.run.steps import Update, fetch, finish, log_update, report_odd, save
+from utils.run.summary import summarize
+from utils.run.watchdog import Watchdog
+from utils.system import keep_freed_memory, pick_device
+from utils.weights.initial import load_initial
+from utils.weights.states import save_pdparams
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "ms1mv2_r50.yaml"
 WHERE_DATA_IS = "MS1MV2, MS1MV3, Glint360K: github.com/deepinsight/insightface, recognition/_datasets_"
@@ -49,7 +52,7 @@ def build(config: Config) -> Run:
     """Everything a run needs. All ranks call it; bad input on one of them ends all, each with one line."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     run, data, model, optim, plan = config.run, config.data, config.model, config.optim, config.schedule
-    with together():
+    with distributed.together():
         source, num_classes = open_source(config)
         check_precision(run.precision, paddle.get_device())
         margin = build_margin(config.head.margin.name, **config.head.margin.kwargs())
@@ -61,7 +64,7 @@ def build(config: Config) -> Run:
     expected = {"network": model.network, "num_classes": num_classes, "embedding_size": model.embedding_size}
     resume = find_resume(run.output, config.checkpoint.resume, expected)
     batch_size, accumulation, batch_note = fit_batch(resume, run.batch_size, run.accumulation, world_size)
-    with together():
+    with distributed.together():
         loader = build_train_loader(
             source, batch_size, rank=rank, world_size=world_size, seed=run.seed, num_threads=data.num_threads,
             mode=data.mode, augment=data.augment, flip=data.flip, image_size=model.input_size, resize=data.resize,
@@ -94,7 +97,7 @@ def build(config: Config) -> Run:
         Watchdog(run.output, rank, world_size, run.hang_timeout, log.warning), SpikeDetector(config.log.spike),
         accumulation, images_per_update,
     )  # fmt: skip
-    with together():
+    with distributed.together():
         parts.pictures = open_pictures(config, log, build_source)
         if resume:
             restore(parts, resume)
@@ -103,16 +106,6 @@ def build(config: Config) -> Run:
     for note in filter(None, (moved, batch_note, init_note, summarize(parts, len(source), resume))):
         log.info(note)
     return parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What one update did; the same on all ranks."""
-
-    loss: float
-    grad_norm: float
-    skipped: bool
-    angles: object = None
 
 
 def update(run: Run, batches: list, lr: float, with_angles: bool = False) -> Update:
@@ -137,7 +130,7 @@ def update(run: Run, batches: list, lr: float, with_angles: bool = False) -> Upd
     loss = sum(float(each) for each in losses) / len(losses)
     grad_norm = gradient_norm(list(run.optimizer.parameters.values()), scale)
     # One decision for all ranks (trap 14).
-    (skipped,) = agree(not math.isfinite(loss) or not math.isfinite(grad_norm) or head.found_nonfinite())
+    (skipped,) = distributed.agree(not math.isfinite(loss) or not math.isfinite(grad_norm) or head.found_nonfinite())
     if skipped:
         head.skip_step()
     else:
@@ -224,7 +217,7 @@ def open_source(config: Config) -> tuple:
     return source, asked or found
 
 
-@one_line_errors(ConfigError)
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     config = parse_arguments(argv, DEFAULT_CONFIG, __doc__)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from paddle import nn
 
 from backbones import iresnet, mnist, mobilefacenet, resnet, vit
+from utils.errors import UserError
 
 BACKBONES: dict[str, Callable[..., nn.Layer]] = {
     **{name: functools.partial(iresnet.IResNet, depths=depths) for name, depths in iresnet.DEPTHS.items()},
@@ -45,13 +46,13 @@ def build_backbone(name: str, **options) -> nn.Layer:
         ``embedding_size``.
 
     Raises:
-        ValueError: an unknown name (the nearest is named) or an option that the family lacks.
+        UserError: an unknown name (the nearest is named) or an option that the family lacks.
     """
     canonical = resolve_name(name)
     known = available_options(canonical)
     for option in options:
         if option not in known:
-            raise ValueError(f"backbone {name!r} has no option {option!r}; it has {', '.join(known)}")
+            raise UserError(f"backbone {name!r} has no option {option!r}; it has {', '.join(known)}")
     return BACKBONES[canonical](**{option: value for option, value in options.items() if value is not None})
 
 
@@ -62,7 +63,7 @@ def resolve_name(name: str) -> str:
     if name in ALIASES:
         return ALIASES[name]
     nearest = difflib.get_close_matches(str(name), [*BACKBONES, *ALIASES], n=1, cutoff=0.0)[0]
-    raise ValueError(f"no backbone {name!r}; did you mean {nearest!r}? There are: {', '.join(sorted(BACKBONES))}")
+    raise UserError(f"no backbone {name!r}; did you mean {nearest!r}? There are: {', '.join(sorted(BACKBONES))}")
 
 
 def available_options(name: str) -> list[str]:

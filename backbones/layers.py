@@ -15,6 +15,7 @@ from paddle.distributed.fleet.utils import recompute as paddle_recompute
 from paddle.nn import functional as F
 
 from backbones.cpu_prelu import CPUPReLU
+from utils.errors import UserError
 
 BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9
@@ -23,7 +24,7 @@ BN_MOMENTUM = 0.9
 def check_format(data_format: str) -> str:
     """``data_format`` if it is one of the two layouts, else ValueError."""
     if data_format not in ("NCHW", "NHWC"):
-        raise ValueError(f"data_format {data_format!r}: choose NCHW or NHWC")
+        raise UserError(f"data_format {data_format!r}: choose NCHW or NHWC")
     return data_format
 
 

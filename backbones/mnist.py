@@ -20,6 +20,7 @@ from backbones.layers import (
     run_block,
     to_channels,
 )
+from utils.errors import UserError
 
 
 class MnistNet(nn.Layer):
@@ -41,9 +42,9 @@ class MnistNet(nn.Layer):
                  in_channels: int = 1, recompute: bool = False, data_format: str = "NCHW"):  # fmt: skip
         super().__init__()
         if in_channels not in (1, 3):
-            raise ValueError(f"in_channels {in_channels}: choose 1 or 3")
+            raise UserError(f"in_channels {in_channels}: choose 1 or 3")
         if input_size < 8:
-            raise ValueError(f"input_size {input_size}: three halvings need at least 8 pixels")
+            raise UserError(f"input_size {input_size}: three halvings need at least 8 pixels")
         self.data_format = check_format(data_format)
         self.in_channels = in_channels
         self.recompute = recompute

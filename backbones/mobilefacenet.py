@@ -21,6 +21,7 @@ from backbones.layers import (
     full_precision,
     run_block,
 )
+from utils.errors import UserError
 
 
 def _fan_out_normal(num_out: int, kernel: int = 1, groups: int = 1) -> nn.initializer.Normal:
@@ -116,7 +117,7 @@ class MobileFaceNet(nn.Layer):
                  data_format: str = "NCHW"):  # fmt: skip
         super().__init__()
         if width % 2 or width < 2:
-            raise ValueError(f"width {width}: MobileFaceNet needs an even number of channels")
+            raise UserError(f"width {width}: MobileFaceNet needs an even number of channels")
         self.data_format = check_format(data_format)
         self.recompute = recompute
         self.input_size = input_size

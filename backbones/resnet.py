@@ -26,6 +26,7 @@ from backbones.layers import (
     run_block,
     to_channels,
 )
+from utils.errors import UserError
 
 
 def _fan_out_conv(num_in: int, num_out: int, kernel: int, stride: int, data_format: str) -> nn.Conv2D:
@@ -155,11 +156,11 @@ class ResNet(nn.Layer):
                  in_channels: int = 3, recompute: bool = False, data_format: str = "NCHW"):  # fmt: skip
         super().__init__()
         if pool not in ("avg", "flatten"):
-            raise ValueError(f"pool {pool!r}: choose avg or flatten")
+            raise UserError(f"pool {pool!r}: choose avg or flatten")
         if stem not in ("imagenet", "face"):
-            raise ValueError(f"stem {stem!r}: choose imagenet or face")
+            raise UserError(f"stem {stem!r}: choose imagenet or face")
         if in_channels not in (1, 3):
-            raise ValueError(f"in_channels {in_channels}: choose 1 or 3")
+            raise UserError(f"in_channels {in_channels}: choose 1 or 3")
         self.data_format = check_format(data_format)
         self.pool = pool
         self.stem = stem
@@ -211,7 +212,7 @@ class ResNetFace(nn.Layer):
                  recompute: bool = False, data_format: str = "NCHW"):  # fmt: skip
         super().__init__()
         if in_channels not in (1, 3):
-            raise ValueError(f"in_channels {in_channels}: choose 1 or 3")
+            raise UserError(f"in_channels {in_channels}: choose 1 or 3")
         self.data_format = check_format(data_format)
         self.in_channels = in_channels
         self.recompute = recompute

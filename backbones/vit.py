@@ -13,6 +13,7 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from backbones.layers import batch_norm_1d, check_format, full_precision, run_block
+from utils.errors import UserError
 
 PATCH_SIZE = 9
 NUM_HEADS = 8
@@ -126,11 +127,11 @@ class VisionTransformer(nn.Layer):
                  recompute: bool = False, data_format: str = "NCHW"):  # fmt: skip
         super().__init__()
         if width % num_heads:
-            raise ValueError(f"width {width}: not a multiple of num_heads {num_heads}")
+            raise UserError(f"width {width}: not a multiple of num_heads {num_heads}")
         if not 0.0 <= mask_ratio < 1.0:
-            raise ValueError(f"mask_ratio {mask_ratio}: must be at least 0 and below 1")
+            raise UserError(f"mask_ratio {mask_ratio}: must be at least 0 and below 1")
         if input_size < PATCH_SIZE:
-            raise ValueError(f"input_size {input_size}: smaller than a patch of {PATCH_SIZE} pixels")
+            raise UserError(f"input_size {input_size}: smaller than a patch of {PATCH_SIZE} pixels")
         self.recompute = recompute
         self.mask_ratio = mask_ratio
         self.input_size = input_size

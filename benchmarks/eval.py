@@ -265,7 +265,7 @@ def time_verification(runs: int, peer_runs: int, num_pairs: int = 6000) -> list[
     return compare("verification/6000", ours, peer, ("seconds",))
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the cases and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

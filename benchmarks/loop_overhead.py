@@ -65,8 +65,8 @@ def child(kind: str, folder: Path, width: int) -> None:
     import train
     from config import load_config
     from utils import distributed
-    from utils.malloc import keep_freed_memory
-    from utils.optim import clip_coefficient, gradient_norm
+    from utils.model.optimizer import clip_coefficient, gradient_norm
+    from utils.system import keep_freed_memory
 
     distributed.init("cpu")
     keep_freed_memory()

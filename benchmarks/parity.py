@@ -49,7 +49,7 @@ def prepare(folder: Path, steps: int, lr: float) -> None:
     """Batches and learning rates, for both sides."""
     sys.path.insert(0, str(ROOT))
     from dataset import SyntheticDataset
-    from utils.lr_schedule import LrSchedule
+    from utils.model.schedule import LrSchedule
 
     source = SyntheticDataset(PLAN["num_classes"], 4096, PLAN["input_size"])
     chosen = np.random.default_rng(0).integers(0, len(source), steps * PLAN["global_batch"])
@@ -70,7 +70,7 @@ def run_ours(folder: Path) -> None:
     import train
     from config import load_config
     from utils import distributed
-    from utils.weights import torch_spelling
+    from utils.weights.states import torch_spelling
 
     distributed.init("cpu")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()

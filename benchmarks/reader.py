@@ -101,7 +101,7 @@ def bare_decode(source: object, threads: int) -> Callable[[int], float]:
 
 def our_loader(source: object, threads: int, batch_size: int, normalize: bool, mode: str = "thread") -> Callable:
     """Images a second of our loader, from the first batch on (starting the workers is not counted for anybody)."""
-    from utils.loader import build_train_loader
+    from utils.data.loader import build_train_loader
 
     def run(seed: int) -> float:
         options = {"num_threads": threads, "mode": mode, "seed": seed}

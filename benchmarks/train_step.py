@@ -4,7 +4,7 @@
 
 A step: forward at 112x112, Partial FC at 85,742 classes with rate 0.1 (ArcFace, class rows over the ranks), backward,
 gradients averaged over the ranks, clip, SGD with momentum and decay for backbone and head. Ours goes through
-``utils/parallel.py`` and ``partial_fc.py`` as ``train.py`` does, with ``run.compile=true``; the peer is
+``utils/model/replica.py`` and ``partial_fc.py`` as ``train.py`` does, with ``run.compile=true``; the peer is
 ``benchmarks/peer_train_step.py``, whose head takes the arithmetic of Partial FC v2. The sides take turns, round by
 round, so that both see the same machine; the medians of the rounds count.
 """
@@ -83,7 +83,7 @@ def measure(network: str, batch: int, num_steps: int, num_ranks: int) -> dict:
 def run_child(network: str, batch: int) -> None:
     """One rank of ours: a step for each line of input, answered by its seconds."""
     sys.path.insert(0, str(ROOT))
-    from utils.malloc import keep_freed_memory
+    from utils.system import keep_freed_memory
 
     keep_freed_memory()
     import paddle
@@ -92,8 +92,8 @@ def run_child(network: str, batch: int) -> None:
     from losses import build_margin
     from partial_fc import PartialFC
     from utils import distributed
-    from utils.optim import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
-    from utils.parallel import Replica
+    from utils.model.optimizer import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
+    from utils.model.replica import Replica
 
     distributed.init("cpu")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()

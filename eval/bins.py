@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.decode import DecodeError, decode_image, fit_image
+from utils.data.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
-from utils.safe_pickle import load_bin_pickle
+from utils.weights.safe_pickle import load_bin_pickle
 
 
 def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:

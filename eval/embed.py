@@ -21,13 +21,13 @@ import numpy as np
 import yaml
 
 from backbones import build_backbone, resolve_name
+from backbones.guess import guess_network
 from eval.engines import BUILDERS, ENGINES
-from utils.cores import threads_of_rank
 from utils.errors import UserError
-from utils.faces import read_image
-from utils.guess_network import guess_network
-from utils.onnx_weights import read_onnx, wants_raw_pixels
-from utils.weights import TORCH, is_torch_spelling, load_state, read_state
+from utils.photos.faces import read_image
+from utils.system import threads_of_rank
+from utils.weights.onnx_walk import read_onnx, wants_raw_pixels
+from utils.weights.states import TORCH, is_torch_spelling, load_state, read_state
 
 RUN_FILES = {"last": "backbone.pdparams", "best": "backbone_best.pdparams"}
 AUTO_ORDER = ("predictor", "onnx", "static", "dynamic")  # fastest on CPU first, as benchmarks/embed.py measures

@@ -12,8 +12,8 @@ import paddle
 from paddle.base import core
 
 from utils.compat import paddle_version
-from utils.malloc import keep_freed_memory
-from utils.modes import evaluating
+from utils.model.modes import evaluating
+from utils.system import keep_freed_memory
 
 ENGINES = ("dynamic", "static", "predictor", "onnx")
 OPSET = 15  # the lowest that covers what the backbones use, so that old runtimes read the files

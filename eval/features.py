@@ -17,9 +17,9 @@ from eval.protocols import TemplateProtocol, read_image
 from eval.report import write_json
 from eval.stream import embed_to_file
 from utils import distributed
-from utils.align import align_face
-from utils.cores import threads_of_rank
 from utils.errors import UserError
+from utils.photos.align import align_face
+from utils.system import threads_of_rank
 
 CHUNK = 512  # images between two savings; a cache goes on at any batch size
 

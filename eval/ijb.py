@@ -287,7 +287,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line; under ``paddle.distributed.launch`` the ranks share the embedding, rank 0 judges and reports."""
     args = _arguments(argv)

@@ -26,9 +26,9 @@ import numpy as np
 from prettytable import PrettyTable
 
 from eval.plots import draw_roc
-from eval.progress import progress
 from eval.report import write_csv, write_json, write_report
 from utils.errors import UserError, one_line_errors
+from utils.progress import progress_bar
 
 SIZES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 FARS = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -91,7 +91,7 @@ def identify_among_distractors(
     height = max(1, _SCORES_PER_BLOCK // len(probe_ND))
     cuts = sorted({*range(0, num_distractors, height), *sizes, num_distractors} - {0})
     start = 0
-    with progress("distractors", num_distractors, enabled=show_progress) as advance:
+    with progress_bar("distractors", num_distractors, enabled=show_progress) as advance:
         for stop in cuts:
             scores_NB = probe_ND @ _unit(distractor_MD[start:stop], f"distractors from row {start}").T
             scores_NB.sort(axis=1)
@@ -177,7 +177,7 @@ def _unit(feature_ND: np.ndarray, what: str) -> np.ndarray:
     return feature_ND / np.where(norm_N == 0, 1, norm_N)[:, None]
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from utils.cores import threads_of_rank
+from utils.system import threads_of_rank
 
 ACCURACY_GRID = (0.0, 4.0, 0.01)
 VAL_GRID = (0.0, 4.0, 0.001)

@@ -202,7 +202,7 @@ def _publish(temporary: str, path: Path) -> None:
     Path(temporary).replace(path)
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

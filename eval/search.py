@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.cores import threads_of_rank
+from utils.system import threads_of_rank
 
 _SCORES_PER_BLOCK = 1 << 22
 _PAIRS_PER_GATHER = 1 << 7

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from eval.embed import Embedder
-from eval.progress import progress
 from utils import distributed
 from utils.errors import UserError
+from utils.progress import progress_bar
 
 
 def _both(embedder: Embedder, image_NHWC: np.ndarray) -> np.ndarray:
@@ -79,7 +79,7 @@ def embed_to_file(
     try:
         with (
             ThreadPoolExecutor(num_threads) as pool,
-            progress("embed", work.num_images, num_done, show_progress and rank == 0) as advance,
+            progress_bar("embed", work.num_images, num_done, show_progress and rank == 0) as advance,
         ):
             coming = _load(pool, images, work.rows(todo[0])) if todo else None
             for position, index in enumerate(todo):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import sparse
 
-from utils.cores import threads_of_rank
+from utils.system import threads_of_rank
 
 _ROWS_PER_BLOCK = 1024
 _SCORES_PER_BLOCK = 72 << 20  # 600 MB: all of IJB-C at once

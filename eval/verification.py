@@ -28,13 +28,12 @@ from eval.embed import Embedder, load_embedder
 from eval.metrics import VerificationMetrics, accuracy_at, distance_metrics, pair_distances, roc_at
 from eval.options import add_model_options, add_report_options, default_result_dir, told_settings
 from eval.plots import draw_errors, draw_histogram, draw_roc
-from eval.progress import progress
 from eval.protocols import read_pair_list
 from eval.report import write_csv, write_json, write_report
-from mxnet_reader import RecordError
 from utils import distributed
-from utils.decode import fit_image
+from utils.data.decode import fit_image
 from utils.errors import UserError, one_line_errors
+from utils.progress import progress_bar
 
 KNOWN_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw", "vgg2_fp", "cfp_ff")
 Pairs = tuple[np.ndarray, np.ndarray]  # images uint8 [2P, H, W, 3] RGB, same bool [P]
@@ -122,7 +121,7 @@ def _embed(embedder: Embedder, image_NHWC: np.ndarray, batch_size: int, name: st
     local = np.zeros((rounds, batch_size, 2, embedder.embedding_size), np.float32)
     failure = None
     try:
-        with progress(name, num_images, enabled=show and rank == 0) as advance:
+        with progress_bar(name, num_images, enabled=show and rank == 0) as advance:
             for index in range(rank, num_batches, world_size):
                 start = index * batch_size
                 batch = _resized(image_NHWC[start : start + batch_size], embedder.input_size)
@@ -298,7 +297,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-@one_line_errors(RecordError)
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line; under ``paddle.distributed.launch`` the ranks share the work and rank 0 reports."""
     args = _arguments(argv)

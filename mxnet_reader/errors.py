@@ -2,8 +2,10 @@
 
 import os
 
+from utils.errors import UserError
 
-class RecordError(ValueError):
+
+class RecordError(UserError):
     """A malformed record file. The message is one line: file, what was found, byte offset, key (where known).
 
     Attributes:

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.align import ARCFACE_TEMPLATE
+from utils.photos.align import ARCFACE_TEMPLATE
 
 
 class ProjectionEmbedder:

@@ -1,10 +1,10 @@
-"""utils/align.py against Umeyama's SVD, linear least squares and a face put down by a known transform."""
+"""utils/photos/align.py against Umeyama's SVD, linear least squares and a face put down by a known transform."""
 
 import cv2
 import numpy as np
 import pytest
 
-from utils.align import ARCFACE_TEMPLATE, align_face, similarity_transform
+from utils.photos.align import ARCFACE_TEMPLATE, align_face, similarity_transform
 
 
 def umeyama(source, target):

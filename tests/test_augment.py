@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.augment import AUGMENTATIONS, build_augment, flips, sample_rng
+from utils.data.augment import AUGMENTATIONS, build_augment, flips, sample_rng
 from utils.errors import UserError
 
 

@@ -257,7 +257,7 @@ compiles = pytest.mark.skipif(paddle_version() < (3, 0), reason="compiled convol
 @pytest.mark.parametrize("name", ["iresnet18", "mobilefacenet", "resnet_face18", "mnist_2d", "vit_t"])
 def test_compiled_equals_dynamic(name):
     """``run.compile``: outputs, gradients and statistics of a step to float32 rounding; other batches; deep copies."""
-    from utils.compile import compile_backbone
+    from utils.model.compile import compile_backbone
 
     ours, _, image, cotangent = make_pair(name, "float32")
     plain = copy.deepcopy(ours)

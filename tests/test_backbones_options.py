@@ -11,8 +11,8 @@ import pytest
 from backbones import ALIASES, BACKBONES, available_options, build_backbone, count_parameters
 from backbones.cpu_prelu import CPUPReLU
 from backbones.layers import batch_norm_1d
-from utils.compile import compile_backbone
 from utils.errors import UserError
+from utils.model.compile import compile_backbone
 
 # Small widths; sizes that halve evenly and ones that do not.
 SMALL = {
@@ -204,7 +204,7 @@ def test_freed_memory_is_kept():
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from utils.malloc import keep_freed_memory
+from utils.system import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""utils/checkpoint.py: what is on disk, damage, fallback, pruning, full disks, and rows at any other world size."""
+"""utils/run/checkpoint.py: what is on disk, damage, fallback, pruning, full disks, and rows at any other world size."""
 
 import errno
 import json
@@ -11,10 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import utils.checkpoint as checkpoint
-from utils.checkpoint import CheckpointWriter, Snapshot, find_checkpoint, list_checkpoints, load_checkpoint, read_meta
+import utils.run.checkpoint as checkpoint
 from utils.errors import UserError
-from utils.run_folder import open_run_folder, write_text
+from utils.files import write_text
+from utils.run.checkpoint import (
+    CheckpointWriter,
+    Snapshot,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_meta,
+)
+from utils.run.folder import open_run_folder
 
 pytestmark = pytest.mark.oldest
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,7 +231,7 @@ FILE_LIMIT = """
 import resource, signal, sys
 sys.path.insert(0, {root!r})
 from tests.test_checkpoint import save, snapshot
-from utils.checkpoint import CheckpointWriter
+from utils.run.checkpoint import CheckpointWriter
 import numpy as np, dataclasses
 save({folder!r}, 10)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -136,8 +136,8 @@ def test_every_configuration_loads_and_fits(path):
     """Its head says command, expected figure and source; margin, backbone options and schedule accept what it says."""
     from backbones import available_options
     from losses import build_margin
-    from utils.augment import build_augment
-    from utils.lr_schedule import LrSchedule
+    from utils.data.augment import build_augment
+    from utils.model.schedule import LrSchedule
 
     config = load_config(path)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]

@@ -14,20 +14,19 @@ import yaml
 from onnx import helper, numpy_helper
 
 from backbones import build_backbone
+from backbones.guess import guess_network
 from benchmarks.peer_backbones import IResNet, MobileFaceNet, randomise
 from eval.embed import load_backbone, load_embedder
 from eval.engines import DynamicEngine, OnnxEngine
 from tests.test_embed import pictures, state_of, trained_like
 from tools import convert as convert_module
 from tools.convert import main
+from tools.numpy_forward import reference_embedding
 from utils.errors import UserError
-from utils.guess_network import guess_network
-from utils.head_weights import read_head
-from utils.numpy_forward import reference_embedding
-from utils.onnx_weights import read_onnx
-from utils.run_folder import save_pdparams
-from utils.torch_pickle import load_torch, save_torch
-from utils.weights import load_state, read_state
+from utils.weights.head_files import read_head
+from utils.weights.onnx_walk import read_onnx
+from utils.weights.states import load_state, read_state, save_pdparams
+from utils.weights.torch_pickle import load_torch, save_torch
 
 SMALL_PEERS = ("iresnet18", "mobilefacenet", pytest.param("mobilefacenet_large", marks=pytest.mark.slow))
 PEERS = {

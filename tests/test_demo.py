@@ -9,10 +9,11 @@ import pytest
 
 from dataset import FaceRecordDataset
 from eval.bins import load_bin
-from tools import demo, demo_data
-from tools.demo_baselines import all_pairs, balanced_accuracy, cosine_scores, fit_baselines
-from utils.align import align_face
+from tools.demo import data as demo_data
+from tools.demo import stages as demo
+from tools.demo.baselines import all_pairs, balanced_accuracy, cosine_scores, fit_baselines
 from utils.errors import UserError
+from utils.photos.align import align_face
 
 ROOT = Path(__file__).resolve().parent.parent
 

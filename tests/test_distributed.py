@@ -20,7 +20,7 @@ assert np.array_equal(d.reduce_scatter_rows(big).numpy()[:, 0], np.array([2 * ra
 assert d.broadcast(paddle.to_tensor([float(rank)]), src=world - 1).item() == world - 1
 assert d.all_gather_object({"r": rank, "pad": "x" * rank * 7}) == [{"r": r, "pad": "x" * r * 7} for r in range(world)]
 assert d.broadcast_object(f"from {rank}", src=0) == "from 0"
-assert d.any_rank(rank == world - 1) and not d.any_rank(False)
+assert d.agree(rank == world - 1, False) == (True, False)
 parameter = paddle.create_parameter([3], "float32")
 (parameter * float(rank + 1)).sum().backward()
 d.average_gradients([parameter])

@@ -10,9 +10,9 @@ from eval import embed
 from eval.embed import infer, load_backbone, load_embedder
 from eval.stream import digest, embed_to_file
 from tests.ranks import run_ranks
+from tools.numpy_forward import reference_embedding
 from utils.errors import UserError
-from utils.numpy_forward import reference_embedding
-from utils.run_folder import save_pdparams
+from utils.weights.states import save_pdparams
 
 NETWORK = {"network": "iresnet18", "width": 8, "embedding_size": 32}
 

@@ -10,9 +10,9 @@ from backbones import BACKBONES
 from tests.test_embed import SMALL, state_of, trained_like
 from tools import export as export_module
 from tools.export import BATCHES, export, main
+from tools.numpy_forward import reference_embedding
 from utils.errors import UserError
-from utils.numpy_forward import reference_embedding
-from utils.run_folder import save_pdparams
+from utils.weights.states import save_pdparams
 
 
 def write_weights(path, layer):

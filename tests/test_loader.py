@@ -17,8 +17,8 @@ import pytest
 from dataset import FaceRecordDataset, build_source, build_train_loader
 from mxnet_reader import RecordError, recordio
 from tests.loader_sources import Broken, Numbered
+from utils.data.processes import SharedBatches, check_shared_memory
 from utils.errors import UserError
-from utils.loader_process import SharedBatches, check_shared_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.oldest

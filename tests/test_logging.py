@@ -9,9 +9,12 @@ import numpy as np
 import paddle
 import pytest
 
-from utils.callbacks import MAX_ANGLE_ROWS, SpikeDetector, StopSignal, agree, angle_stats, due
-from utils.logging import RunLog, StepMetrics, duration
-from utils.run_state import fit_batch, seed_update
+from utils.distributed import agree
+from utils.head.angles import MAX_ANGLE_ROWS, angle_stats
+from utils.run.log import RunLog, StepMetrics, duration
+from utils.run.meters import SpikeDetector, due
+from utils.run.signals import StopSignal
+from utils.run.state import fit_batch, seed_update
 
 FIGURES = {
     "epoch": 0.5, "loss": 3.25, "lr": 0.1, "images_s": 100.0, "data_wait": 0.25, "grad_norm": 2.0, "theta_own": 60.0,
@@ -131,7 +134,7 @@ def test_angles_against_float64():
 
 
 def test_angles_over_many_classes_keep_the_own_one(monkeypatch):
-    monkeypatch.setattr("utils.callbacks.MAX_ANGLE_ROWS", 7)
+    monkeypatch.setattr("utils.head.angles.MAX_ANGLE_ROWS", 7)
     assert MAX_ANGLE_ROWS == 16384
     weight = np.random.default_rng(2).normal(size=(40, 8)).astype(np.float32)
     label = np.arange(40)

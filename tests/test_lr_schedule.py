@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.lr_schedule import LrSchedule, scaled_lr
+from utils.model.schedule import LrSchedule, scaled_lr
 
 
 def curve(schedule, count):

@@ -6,10 +6,10 @@ import numpy as np
 import paddle
 import pytest
 
-from utils.ema import Ema
 from utils.errors import UserError
-from utils.optim import BackboneOptimizer, clip_coefficient, gradient_norm, is_norm_or_bias, trainable
-from utils.precision import LossScaler, check_precision
+from utils.model.ema import Ema
+from utils.model.optimizer import BackboneOptimizer, clip_coefficient, gradient_norm, is_norm_or_bias, trainable
+from utils.model.precision import LossScaler, check_precision
 
 pytestmark = pytest.mark.oldest
 

@@ -9,7 +9,7 @@ import numpy as np, paddle
 from backbones import build_backbone
 from utils import distributed
 from utils.compat import paddle_version
-from utils.parallel import Replica
+from utils.model.replica import Replica
 
 distributed.init("cpu")
 rank, world = distributed.get_rank(), distributed.get_world_size()

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from utils.head_rows import RowBank
-from utils.row_optim import RowAdamW, RowSGD
+from utils.head.optimizers import RowAdamW, RowSGD
+from utils.head.rows import RowBank
 
 ROWS, DIM, PICK = 60, 8, 12
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.errors import UserError
-from utils.safe_pickle import UnsafePickleError, load_bin_pickle, load_weights_pickle
+from utils.weights.safe_pickle import UnsafePickleError, load_bin_pickle, load_weights_pickle
 
 pytestmark = pytest.mark.oldest
 LOADERS = [load_bin_pickle, load_weights_pickle]
@@ -247,7 +247,7 @@ def test_bin_policy_is_narrower_than_that_of_weights(tmp_path):
 
 def test_opcodes_of_the_standard_library_are_all_decided():
     """Handled or refused: nothing falls through when Python adds one."""
-    from utils.safe_pickle import _HANDLERS
+    from utils.weights.safe_pickle import _HANDLERS
 
     refused = {
         "PERSID",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.sampling import sample_classes
+from utils.head.sampling import sample_classes
 
 pytestmark = pytest.mark.oldest
 

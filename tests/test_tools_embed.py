@@ -1,4 +1,4 @@
-"""tools/embed.py, tools/compare.py, tools/model_test.py and utils/faces.py."""
+"""tools/embed.py, tools/compare.py, tools/model_test.py and utils/photos/faces.py."""
 
 import json
 import pickle
@@ -13,10 +13,10 @@ import yaml
 from eval.embed import load_embedder
 from tests.test_embed import NETWORK, state_of, trained_like
 from tools import compare, embed, model_test
-from utils.align import ARCFACE_TEMPLATE, align_face
 from utils.errors import UserError
-from utils.faces import AlignedFaces, Face, detect_faces, find_images, load_detector, read_landmarks
-from utils.run_folder import save_pdparams
+from utils.photos.align import ARCFACE_TEMPLATE, align_face
+from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, load_detector, read_landmarks
+from utils.weights.states import save_pdparams
 
 
 @pytest.fixture(scope="module")

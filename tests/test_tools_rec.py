@@ -11,7 +11,7 @@ from eval.bins import load_bin, read_bin
 from mxnet_reader import recordio
 from tests.mxnet_peer import ask_mxnet, needs_mxnet
 from tools import bin as bin_tool
-from tools import rec as rec_tool
+from tools.rec import commands as rec_tool
 
 COUNTS = (3, 1, 2, 4)
 
@@ -67,7 +67,7 @@ def test_packed_set_in_the_real_mxnet(tmp_path, faces):
 def test_pack_resumes(tmp_path, faces, monkeypatch):
     """Interrupted after a few records: the second run goes on, and the result is what one run gives."""
     run(rec_tool, "pack", faces, tmp_path / "whole")
-    monkeypatch.setattr("tools.rec_write.FLUSH_EVERY", 2)
+    monkeypatch.setattr("tools.rec.write.FLUSH_EVERY", 2)
     prepare, seen = rec_tool._prepare, []
 
     def interrupted(source, i, *options):

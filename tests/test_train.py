@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
-from utils.checkpoint import list_checkpoints, load_checkpoint, read_meta
+from utils.run.checkpoint import list_checkpoints, load_checkpoint, read_meta
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.distributed
@@ -158,7 +158,7 @@ def test_elastic_resume_restores_every_row_and_keeps_the_global_batch(tmp_path):
     source = PRELUDE + (
         """
 folder, saved = sys.argv[1:3]
-import utils.run_state
+import utils.run.state
 config = train.parse_arguments([f"{folder}/elastic.yaml", "--resume", saved], train.DEFAULT_CONFIG, "")
 parts = train.build(config)
 state = parts.head.row_state()

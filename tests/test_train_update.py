@@ -12,9 +12,9 @@ import train
 from backbones import build_backbone
 from backbones.layers import FrozenScaleNorm
 from config import load_config
-from utils.checkpoint import list_checkpoints
 from utils.errors import UserError
-from utils.parallel import _synchronise_norms
+from utils.model.replica import _synchronise_norms
+from utils.run.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIG = """
@@ -105,7 +105,7 @@ def test_learning_rate_scales_of_backbone_and_head(tmp_path):
 
 def test_loss_scale_cancels_and_a_skip_changes_nothing(tmp_path):
     """The scale is a power of two: scaled and unscaled updates agree; an infinite gradient is skipped, scale halved."""
-    from utils.precision import LossScaler
+    from utils.model.precision import LossScaler
 
     plain, scaled = build(tmp_path), build(tmp_path, name="scaled")
     scaled.scaler = LossScaler("fp16", 1024.0)
@@ -209,7 +209,7 @@ def test_a_spike_names_the_records(tmp_path):
     run.batch_keys = run.loader.last_keys
     for _ in range(40):
         run.spikes.observe(1.0 + 0.01 * np.random.default_rng(0).normal())
-    from utils.run_steps import report_odd
+    from utils.run.steps import report_odd
 
     report_odd(run, train.Update(loss=9.0, grad_norm=1.0, skipped=False))
     run.log.close()
@@ -250,8 +250,8 @@ def test_float64_step_equals_torch_for_a_linear_backbone(tmp_path):
     """The whole update (margin off, momentum, decay, both parts) against PyTorch in float64, three steps."""
     run = build(tmp_path, "head.margin={name: softmax, s: 8.0}", "optim.weight_decay=0.01")
     layer = paddle.nn.Linear(12, 16)
-    from utils.optim import BackboneOptimizer, trainable
-    from utils.parallel import Replica
+    from utils.model.optimizer import BackboneOptimizer, trainable
+    from utils.model.replica import Replica
 
     run.replica = Replica(layer)
     run.optimizer = BackboneOptimizer(trainable(layer), weight_decay=0.01)

@@ -309,7 +309,7 @@ from eval.verification import verify
 from utils import distributed
 from utils.errors import one_line_errors
 
-@one_line_errors(RuntimeError)
+@one_line_errors
 def main():
     distributed.init("cpu")
     embedder = ProjectionEmbedder()

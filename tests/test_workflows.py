@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from dataset import build_source, build_train_loader
-from tools import miniature
-from tools.demo_data import Faces
+from tools.demo import miniature
+from tools.demo.data import Faces
+from utils.data.digits import packaged_digits
 from utils.errors import UserError
-from utils.mnist import packaged_digits
-from utils.plane import Angles, Plane, draw_planes, image_grid, load_plane, measure_angles, save_plane, write_png
+from utils.run.plane import Angles, Plane, draw_planes, image_grid, load_plane, measure_angles, save_plane, write_png
 
 ROOT = Path(__file__).resolve().parent.parent
 LIGHT = ["run.device=cpu", "data.num_threads=1", "log.tensorboard=true"]

@@ -28,8 +28,8 @@ from eval.bins import load_bin
 from eval.embed import Embedder, load_embedder
 from eval.engines import ENGINES
 from utils.errors import UserError, one_line_errors
-from utils.faces import AlignedFaces, Face, detect_faces, load_detector, read_landmarks
-from utils.run_folder import write_json
+from utils.files import write_json
+from utils.photos.faces import AlignedFaces, Face, detect_faces, load_detector, read_landmarks
 
 
 def unit_embedding(embedder: Embedder, images_NHWC: np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ def two_faces(args: argparse.Namespace) -> list[Face]:
     return faces
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -31,14 +31,14 @@ import paddle
 import yaml
 
 from backbones import build_backbone
+from backbones.guess import guess_network
 from eval.embed import chosen_options, model_options
+from tools.numpy_forward import reference_embedding
 from utils.errors import UserError, one_line_errors
-from utils.guess_network import guess_network
-from utils.head_weights import SHARDS, read_head
-from utils.numpy_forward import reference_embedding
-from utils.run_folder import save_pdparams, write_text
-from utils.torch_pickle import save_torch
-from utils.weights import TORCH, is_torch_spelling, load_state, read_state, torch_spelling
+from utils.files import write_text
+from utils.weights.head_files import SHARDS, read_head
+from utils.weights.states import TORCH, is_torch_spelling, load_state, read_state, save_pdparams, torch_spelling
+from utils.weights.torch_pickle import save_torch
 
 BATCH, SEED = 2, 2021
 BACKBONE_OUTPUTS = (".pdparams", ".safetensors", ".pt", ".pth")
@@ -78,7 +78,7 @@ def open_source(path: Path) -> Source:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if path.suffix.lower() == ".onnx":
-        from utils.onnx_weights import read_onnx
+        from utils.weights.onnx_walk import read_onnx
 
         state = read_onnx(path)
         return Source(path, state, True, guess_network(state, True), None)
@@ -96,7 +96,7 @@ def _is_head(path: Path) -> bool:
     if any(pattern.search(path.name) for pattern in SHARDS[1:]) or path.suffix.lower() == ".npy":
         return True
     if path.suffix.lower() == ".safetensors":
-        from utils.weights import read_safetensors
+        from utils.weights.states import read_safetensors
 
         return set(read_safetensors(path)) <= {"weight", "momentum"}
     return False
@@ -240,7 +240,7 @@ def _convert_backbone(source: Source, path: Path, options: dict, tolerance: floa
         write_text(path.with_name("config.yaml"), yaml.safe_dump({"model": section}, sort_keys=False))
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -30,8 +30,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cores import num_cores
 from utils.errors import UserError, one_line_errors
+from utils.system import num_cores
 
 OLDEST_PADDLE, NEWEST_PADDLE = (2, 6), (3, 3)
 REQUIRED = ("numpy", "pydantic", "yaml", "rich", "prettytable", "cv2", "sklearn", "matplotlib", "safetensors")
@@ -349,7 +349,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the checks in order; see the module's docstring."""
     argv = sys.argv[1:] if argv is None else argv

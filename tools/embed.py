@@ -25,7 +25,7 @@ from eval.engines import ENGINES
 from eval.stream import digest, embed_to_file
 from utils import distributed
 from utils.errors import UserError, one_line_errors
-from utils.faces import AlignedFaces, Face, detect_faces, find_images, load_detector, read_landmarks
+from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, load_detector, read_landmarks
 
 
 def collect_faces(args: argparse.Namespace) -> list[Face]:
@@ -66,7 +66,7 @@ def save_faces(output: Path, faces: list[Face], embedding_ND: np.ndarray) -> Non
         aside.unlink(missing_ok=True)
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -22,8 +22,8 @@ from prettytable import PrettyTable
 
 from eval.embed import load_backbone
 from eval.engines import OPSET, DynamicEngine, OnnxEngine, PredictorEngine, save_inference_model, save_onnx
-from utils.cores import threads_of_rank
 from utils.errors import UserError, one_line_errors
+from utils.system import threads_of_rank
 
 FORMATS = ("paddle", "onnx")
 BATCHES = (1, 7, 64)
@@ -91,7 +91,7 @@ def _compare(layer, running: dict, batches: tuple[int, ...], num_threads: int) -
     return rows
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -28,11 +28,11 @@ from backbones import build_backbone  # noqa: E402
 from losses import build_margin  # noqa: E402
 from partial_fc import PartialFC  # noqa: E402
 from utils import distributed  # noqa: E402
-from utils.callbacks import agree, peak_memory_mb  # noqa: E402
 from utils.errors import UserError, one_line_errors  # noqa: E402
-from utils.optim import BackboneOptimizer, clip_coefficient, gradient_norm, trainable  # noqa: E402
-from utils.parallel import Replica  # noqa: E402
-from utils.precision import autocast  # noqa: E402
+from utils.model.optimizer import BackboneOptimizer, clip_coefficient, gradient_norm, trainable  # noqa: E402
+from utils.model.precision import autocast  # noqa: E402
+from utils.model.replica import Replica  # noqa: E402
+from utils.system import peak_memory_mb  # noqa: E402
 
 CLASSES, DIM, BATCH, SIZE = 1000, 128, 16, 64
 # name: (device, ranks, precision, loss scale), reference, largest relative difference of loss and of gradient
@@ -67,7 +67,7 @@ def run_step(out: Path, precision: str, scale: float) -> None:
         loss = head(embedding, paddle.to_tensor(labels))
         (loss * scale).backward()
     norm = gradient_norm(list(parameters.values()), scale)
-    (broken,) = agree(not np.isfinite(norm) or head.found_nonfinite())
+    (broken,) = distributed.agree(not np.isfinite(norm) or head.found_nonfinite())
     gradients = [parameters[name].grad for name in sorted(parameters)]
     flat = np.concatenate([g.astype("float32").numpy().ravel() / scale for g in gradients if g is not None])
     if rank == 0:
@@ -166,7 +166,7 @@ def run_speeds(folder: Path, network: str, batch: int, num_gpus: int) -> list[di
     return cases
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -19,10 +19,9 @@ from eval.bins import load_bin
 from eval.embed import load_embedder
 from eval.engines import ENGINES
 from eval.verification import KNOWN_SETS, result_row, result_table, verify
-from mxnet_reader import RecordError
 from utils import distributed
 from utils.errors import UserError, one_line_errors
-from utils.run_folder import write_text
+from utils.files import write_text
 
 FAR = 1e-3
 
@@ -46,7 +45,7 @@ def _order(name: str) -> int:
     return KNOWN_SETS.index(name) if name in KNOWN_SETS else 0
 
 
-@one_line_errors(RecordError)
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line; ranks of a launcher share the work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     run(parser.parse_args(arguments))
 
 
-@one_line_errors(ValueError)
+@one_line_errors
 def run(args: argparse.Namespace) -> None:
     setup = Setup(
         args.classes, args.gpus, args.batch, args.sample_rate, args.backbone, args.embedding_size, args.accumulate,

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils.checkpoint import list_checkpoints  # noqa: E402
 from utils.errors import UserError, one_line_errors  # noqa: E402
+from utils.run.checkpoint import list_checkpoints  # noqa: E402
 
 CONFIG = """
 run: {{output: {output}, device: cpu, seed: 5, batch_size: 4, accumulation: 1, max_steps: {steps}, hang_timeout: 120}}
@@ -169,7 +169,7 @@ def soak(folder: Path, kills: int, seed: int, steps: int = 60, num_ranks: int = 
             "slowest_end_s": round(slowest, 1), "seconds": round(seconds)}  # fmt: skip
 
 
-@one_line_errors()
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

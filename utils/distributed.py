@@ -7,8 +7,10 @@ All ranks must enter each call, in the same order.
 Shapes: W world size, B rows of one rank (the same on every rank), ``...`` any trailing shape.
 """
 
+import contextlib
 import os
 import pickle
+from collections.abc import Iterator
 
 import paddle
 import paddle.distributed as dist
@@ -137,9 +139,27 @@ def barrier() -> None:
     all_reduce_sum(paddle.zeros([1], dtype="int32"))
 
 
-def any_rank(flag: bool) -> bool:
-    """True on every rank if it is true on one (one decision for all: trap 14)."""
-    return bool(all_reduce_max(paddle.to_tensor([int(flag)], dtype="int32")).item())
+def agree(*flags: bool) -> tuple[bool, ...]:
+    """Each flag is true on every rank if it is on one; one collective for all of them. All ranks call it."""
+    if get_world_size() == 1:
+        return tuple(bool(flag) for flag in flags)
+    reduced = all_reduce_max(paddle.to_tensor([int(bool(flag)) for flag in flags], dtype="int32"))
+    return tuple(bool(value) for value in reduced.tolist())
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What a user can mend (``UserError``, ``OSError``), if it fails inside on one rank, ends all ranks with a message.
+
+    No collectives inside. All ranks call it. Anything else is a bug and keeps its traceback: the other ranks learn of
+    it from the missing heartbeat.
+    """
+    error = None
+    try:
+        yield
+    except (UserError, OSError) as failure:
+        error = failure
+    raise_together(error)
 
 
 def raise_together(error: Exception | None) -> None:
@@ -151,7 +171,7 @@ def raise_together(error: Exception | None) -> None:
     if get_world_size() == 1:
         messages = [None]
     else:
-        messages = all_gather_object(None if error is None else str(error)) if any_rank(error is not None) else [None]
+        messages = all_gather_object(None if error is None else str(error)) if agree(error is not None)[0] else [None]
     if error is not None:
         raise error
     for rank, message in enumerate(messages):

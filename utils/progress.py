@@ -1,7 +1,8 @@
-"""A progress bar with rate and time left, on stderr, silent where nobody watches."""
+"""One progress bar, with rate and time left, on stderr so that piped tables stay clean; silent where nobody watches."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -16,11 +17,19 @@ class RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f}/s")
 
 
-def progress(items: Iterable, total: int, what: str, start: int = 0) -> Iterator:
-    """Pass items on and draw a bar: ``what``, done of total, rate, time left."""
+@contextmanager
+def progress_bar(what: str, total: int, done: int = 0, enabled: bool | None = None) -> Iterator[Callable[[int], None]]:
+    """Yields ``advance(count)``; ``done`` counts earlier work. ``enabled``: None draws where stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=total, completed=start)
+    enabled = sys.stderr.isatty() if enabled is None else enabled
+    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda count=1: bar.advance(task, count)
+
+
+def progress(items: Iterable, total: int, what: str, done: int = 0) -> Iterator:
+    """Pass items on and draw a bar: ``what``, done of total, rate, time left."""
+    with progress_bar(what, total, done) as advance:
         for item in items:
             yield item
-            bar.advance(task)
+            advance(1)

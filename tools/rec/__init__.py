@@ -1,0 +1,1 @@
+"""The parts of ``tools/rec.py``: writing record sets and verifying them."""

@@ -1,0 +1,1 @@
+"""Class-row arithmetic under ``partial_fc.py``: rows, the kernels that pass over them, their optimisers, sampling."""

@@ -1,0 +1,94 @@
+"""Reduced precision of the backbone, and the decision to skip an update.
+
+Paddle switches ``auto_cast`` and its ``GradScaler`` off on CPU with a warning, and its scaler decides on each rank for
+itself (trap 14). Here reduced precision on CPU is an error, and ``LossScaler`` is told one decision of all ranks.
+"""
+
+import contextlib
+import math
+
+import paddle
+
+from utils.errors import UserError
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def check_precision(precision: str, device: str) -> None:
+    """UserError if this precision cannot be had on this device."""
+    if precision != "fp32" and device == "cpu":
+        raise UserError(
+            f"run.precision: {precision} asked for on cpu, where Paddle silently computes in fp32; "
+            "set run.precision=fp32 or run on a GPU (run.device=gpu)"
+        )
+
+
+def autocast(precision: str) -> contextlib.AbstractContextManager:
+    """Context in which the backbone's forward runs (O1: matrix products and convolutions reduced, weights float32)."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return paddle.amp.auto_cast(enable=True, dtype=DTYPES[precision], level="O1")
+
+
+class LossScaler:
+    """Dynamic loss scale for fp16, and the count of skipped updates for every precision.
+
+    A skipped update multiplies the scale by ``backoff``; ``growth_interval`` good ones in a row double it. For fp32 and
+    bf16 the scale is 1 and stays.
+    """
+
+    def __init__(
+        self,
+        precision: str = "fp32",
+        scale: float = 65536.0,
+        max_skips: int = 50,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        growth_interval: int = 2000,
+    ):
+        self.dynamic = precision == "fp16"
+        self.precision = precision
+        self.scale = scale if self.dynamic else 1.0
+        self.max_skips, self.growth, self.backoff, self.growth_interval = max_skips, growth, backoff, growth_interval
+        self.good_steps = self.skips_in_row = self.skips = 0
+
+    def update(self, skipped: bool) -> None:
+        """Take note of an update. All ranks must pass the same decision.
+
+        Raises:
+            UserError: ``max_skips`` updates in a row were skipped.
+        """
+        if not skipped:
+            self.skips_in_row = 0
+            self.good_steps += 1
+            if self.dynamic and self.good_steps >= self.growth_interval:
+                self.scale, self.good_steps = min(self.scale * self.growth, 2.0**32), 0
+            return
+        self.skips += 1
+        self.skips_in_row += 1
+        self.good_steps = 0
+        if self.dynamic:
+            self.scale = max(self.scale * self.backoff, math.ldexp(1.0, -20))
+        if self.skips_in_row >= self.max_skips:
+            advice = "use run.precision=bf16, " if self.dynamic else ""
+            raise UserError(
+                f"{self.skips_in_row} updates in a row had non-finite gradients (run.precision={self.precision}, "
+                f"loss scale {self.scale:g}); {advice}lower optim.lr, lengthen schedule.warmup_epochs or look at "
+                "the records named in train.log"
+            )
+
+    def state(self) -> dict:
+        """JSON-able."""
+        return {
+            "scale": self.scale,
+            "good_steps": self.good_steps,
+            "skips_in_row": self.skips_in_row,
+            "skips": self.skips,
+        }
+
+    def load_state(self, state: dict) -> None:
+        """Restore ``state``; the scale only if this run scales too."""
+        self.good_steps, self.skips_in_row = state["good_steps"], state["skips_in_row"]
+        self.skips = state["skips"]
+        if self.dynamic:
+            self.scale = state["scale"]

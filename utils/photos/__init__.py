@@ -1,0 +1,1 @@
+"""Photos to aligned faces: image files in folders, landmarks, detectors, the alignment itself."""

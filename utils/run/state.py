@@ -1,0 +1,205 @@
+"""What of a run is saved, and how a run goes on from it: bit for bit at as many ranks, exactly at any other number."""
+
+import importlib.metadata
+import platform
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from utils import distributed
+from utils.errors import UserError
+from utils.run.checkpoint import Snapshot, find_checkpoint, load_checkpoint, read_meta
+
+
+@dataclass
+class Progress:
+    """Counters of a run. ``best`` is the best mean verification accuracy."""
+
+    step: int = 0  # updates done, skipped ones included
+    best: float | None = None
+    best_step: int | None = None
+    verifications_since_best: int = 0
+    verified_step: int | None = None
+    stopped_early: bool = False
+
+    def verified(self, accuracy: float, patience: int) -> bool:
+        """Note a verification after the present update; whether it is the best. ``patience`` 0 never stops early."""
+        self.verified_step = self.step
+        if self.best is None or accuracy > self.best:
+            self.best, self.best_step, self.verifications_since_best = accuracy, self.step, 0
+            return True
+        self.verifications_since_best += 1
+        self.stopped_early = 0 < patience <= self.verifications_since_best
+        return False
+
+
+@dataclass
+class Run:
+    """The parts of one run on this rank; ``train.build`` makes them."""
+
+    config: Any  # config.Config
+    loader: Any  # utils.data.loader.TrainLoader
+    replica: Any  # utils.model.replica.Replica, the backbone
+    head: Any  # partial_fc.PartialFC
+    optimizer: Any  # utils.model.optimizer.BackboneOptimizer
+    schedule: Any  # utils.model.schedule.LrSchedule
+    scaler: Any  # utils.model.precision.LossScaler
+    ema: Any  # utils.model.ema.Ema or None
+    verification: Any  # eval.during_training.Verification or None
+    log: Any  # utils.run.log.RunLog
+    writer: Any  # utils.run.checkpoint.CheckpointWriter
+    watchdog: Any  # utils.run.watchdog.Watchdog
+    spikes: Any  # utils.run.meters.SpikeDetector
+    accumulation: int  # micro-batches an update
+    images_per_update: int  # of all ranks
+    progress: Progress = field(default_factory=Progress)
+    batch_keys: Any = None  # records of this rank's last micro-batch
+    pictures: Any = None  # utils.run.pictures.Pictures or None
+
+    @property
+    def schedule_step(self) -> float:
+        """Updates' worth of images done; ``progress.step`` unless a resume changed the global batch."""
+        state = self.loader.state_dict()
+        return state["epoch"] * self.schedule.steps_per_epoch + state["position"] / self.images_per_update
+
+
+def seed_update(seed: int, step: int, rank: int) -> None:
+    """Seed Paddle's generators for one update: dropout and the like then need no saved state."""
+    entropy = np.random.SeedSequence([seed, step, rank, 0xA5CE]).generate_state(1)[0]
+    paddle.seed(int(entropy))
+
+
+def find_resume(run_dir: str, resume: str, expected: dict) -> dict | None:
+    """Metadata of the checkpoint to go on from, its ``path`` added; None to start anew. All ranks call it.
+
+    Args:
+        resume: ``never``, ``auto``, ``latest`` or a path.
+        expected: what the configuration says of ``network``, ``num_classes``, ``embedding_size``.
+
+    Raises:
+        UserError: no usable checkpoint, or one of another network, class count or embedding size.
+    """
+    if resume == "never":
+        return None
+    rank = distributed.get_rank()
+
+    def warn(message: str) -> None:
+        if rank == 0:
+            print(f"warning: {message}", flush=True)
+
+    path = find_checkpoint(run_dir, resume, warn)
+    if path is None:
+        return None
+    meta = read_meta(path)
+    for name, value in expected.items():
+        if meta["run"][name] != value:
+            raise UserError(
+                f"{path}: {name} is {meta['run'][name]!r} there and {value!r} in this configuration; --resume "
+                "continues the same model: to start from its weights use init.backbone= (and init.head=) instead"
+            )
+    return {**meta, "path": str(path)}
+
+
+def fit_batch(resume: dict | None, batch_size: int, accumulation: int, world_size: int) -> tuple[int, int, str | None]:
+    """(batch size of a rank, accumulation, what to tell) so that a resume keeps the global batch if it can.
+
+    Kept by a batch of a rank that divides its share, no larger than the configured one (memory) and no less than half
+    of it (batch norms), the rest by accumulation.
+    """
+    if resume is None:
+        return batch_size, accumulation, None
+    before, now = resume["run"]["global_batch"], batch_size * accumulation * world_size
+    ranks = f"{resume['world_size']} rank(s) then, {world_size} now"
+    if before == now:
+        return batch_size, accumulation, None
+    if resume["world_size"] != world_size and before % world_size == 0:
+        share = before // world_size
+        largest = min(batch_size, share)
+        fitting = [size for size in range(largest, (largest - 1) // 2, -1) if share % size == 0]
+        if fitting:
+            note = (
+                f"global batch of {before} kept ({ranks}): batch_size {fitting[0]}, accumulation {share // fitting[0]}"
+            )
+            return fitting[0], share // fitting[0], note
+    note = f"global batch changes from {before} to {now} images ({ranks}); the schedule goes on at the same epoch"
+    return batch_size, accumulation, note
+
+
+def snapshot(run: Run) -> Snapshot:
+    """Copies of everything the next update depends on."""
+    shared = {
+        "backbone": {name: tensor.numpy() for name, tensor in run.replica.backbone.state_dict().items()},
+        "optimizer": run.optimizer.state(),
+    }
+    if run.ema is not None:
+        shared["ema"] = run.ema.state()
+    config, head = run.config, run.head
+    meta = {
+        "run": {
+            "network": config.model.network,
+            "num_classes": head.shard.num_classes,
+            "embedding_size": head.embedding_size,
+            "global_batch": run.images_per_update,
+            "num_samples": run.loader.num_samples,
+        },
+        "progress": asdict(run.progress),
+        "loader": run.loader.state_dict(),
+        "head": head.meta_state(),
+        "optimizer_updates": run.optimizer.num_updates,
+        "ema_updates": run.ema.num_updates if run.ema is not None else None,
+        "scaler": run.scaler.state(),
+        "spikes": run.spikes.state(),
+        "config": config.model_dump(mode="json"),
+        "versions": versions(),
+        "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    return Snapshot(run.progress.step, head.row_state(), head.shard.start, head.table_state(), shared, meta)
+
+
+def restore(run: Run, meta: dict) -> None:
+    """Put a run into the state of a checkpoint; every rank reads the class rows that are its own."""
+    loaded = load_checkpoint(meta["path"], run.head.shard.start, run.head.shard.num_local)
+    load_layer(run.replica.backbone, loaded.shared["backbone"], meta["path"])
+    run.replica.remember_statistics()
+    run.optimizer.load_state(loaded.shared.get("optimizer", {}), meta["optimizer_updates"])
+    run.head.load_state(loaded.rows, loaded.table, meta["head"])
+    if run.ema is not None:
+        if "ema" in loaded.shared:
+            run.ema.load_state(loaded.shared["ema"], meta["ema_updates"])
+        else:  # averaging switched on at the resume starts from the weights
+            run.ema.load_state(loaded.shared["backbone"], 0)
+    run.loader.load_state_dict(meta["loader"])
+    run.scaler.load_state(meta["scaler"])
+    run.spikes.load_state(meta["spikes"])
+    for each in fields(Progress):
+        setattr(run.progress, each.name, meta["progress"][each.name])
+    run.progress.stopped_early = False
+    if Path(meta["path"]).resolve().parent == run.writer.folder.resolve():
+        run.writer.last_step = meta["step"]  # a run that was over need not save again
+
+
+def load_layer(layer: paddle.nn.Layer, arrays: dict[str, np.ndarray], source: str) -> None:
+    """Every weight and statistic of ``layer`` by structural name; UserError names what is missing, odd or misshapen."""
+    own = layer.state_dict()
+    odd = sorted(set(own) ^ set(arrays))
+    if odd:
+        raise UserError(f"{source}: {len(odd)} names differ from this network's, the first is {odd[0]!r}")
+    for name, tensor in own.items():
+        if tuple(tensor.shape) != tuple(arrays[name].shape):
+            raise UserError(f"{source}: {name} has shape {list(arrays[name].shape)}, this network {list(tensor.shape)}")
+        tensor.set_value(arrays[name])
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's bits depend on."""
+    found = {"python": platform.python_version(), "paddle": paddle.__version__, "machine": platform.machine()}
+    for name in ("numpy", "safetensors", "simplejpeg", "opencv-python-headless"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

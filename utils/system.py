@@ -1,0 +1,99 @@
+"""What the machine offers a process: cores, device, memory and its peak.
+
+Freed memory is kept in the process where it trains or embeds on CPU: Paddle gives every large tensor a fresh mapping
+and unmaps it after use, so that each operation pays a page fault for every 4 KiB it writes (half the time of an
+element-wise operation, measured). glibc can keep the memory instead.
+"""
+
+import ctypes
+import math
+import os
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_MADV_HUGEPAGE = 14
+_HUGE_PAGE = 1 << 21
+
+
+def num_cores() -> int:
+    """Cores this process may use; what the system cannot tell (macOS, Windows) is all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of_rank(world_size: int = 1) -> int:
+    """This rank's share of the cores, at least one; ``world_size`` counts where the launcher does not say."""
+    return max(1, num_cores() // max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", world_size))))
+
+
+def pick_device(name: str) -> str:
+    """``auto`` is a GPU where Paddle can use one, the CPU otherwise."""
+    if name != "auto":
+        return name
+    import paddle
+
+    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0 else "cpu"
+
+
+def peak_memory_mb() -> float:
+    """Peak of this process: allocated on the GPU, resident on CPU."""
+    import paddle
+
+    if paddle.get_device().startswith("gpu"):
+        return paddle.device.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def advise_huge_pages(address: int, num_bytes: int) -> None:
+    """Ask for huge pages in memory that is not written yet; nothing happens where the system has none.
+
+    Rows gathered from gigabytes in pages of 4 KiB cost an address translation each.
+    """
+    if sys.platform != "linux":
+        return
+    first, last = -(-address // _HUGE_PAGE) * _HUGE_PAGE, (address + num_bytes) // _HUGE_PAGE * _HUGE_PAGE
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if last > first:
+        libc.madvise(first, last - first, _MADV_HUGEPAGE)
+
+
+def keep_freed_memory(huge_bytes: int | None = None) -> bool:
+    """Tell glibc to serve large blocks from its heap and never to give them back; ask for huge pages there.
+
+    Call it early in a process that trains or embeds on CPU; again does no harm. Peak memory is what the largest step
+    needs, plus fragmentation.
+
+    Args:
+        huge_bytes: how much address space to mark for huge pages, an eighth of the machine's memory unless told.
+            Nothing of it is used until a tensor is.
+
+    Returns:
+        True if done, False where the C library is not glibc (nothing happens).
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018 - only glibc has it
+    except (OSError, AttributeError):
+        return False
+    if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
+        return False
+    if huge_bytes is None:
+        huge_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # Freed again at once, the block stays in the heap (trimming is off) with its advice, untouched.
+    block = libc.malloc(huge_bytes)
+    if block:
+        start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+        size = (block + huge_bytes - start) // _HUGE_PAGE * _HUGE_PAGE
+        if size > 0:
+            libc.madvise(start, size, _MADV_HUGEPAGE)
+        libc.free(block)
+    return True

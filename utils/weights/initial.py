@@ -1,0 +1,57 @@
+"""Weights to start a fine-tuning from, and stages that stay as they are."""
+
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.weights.head_files import read_head
+from utils.weights.states import load_state, read_state
+
+
+def load_initial(
+    backbone, head, backbone_path: str | None, head_path: str | None, freeze: tuple[str, ...], optional: bool = False
+) -> str | None:
+    """Fill a new backbone and head from files, then freeze parameters; a note if ``optional`` files are not there.
+
+    Args:
+        backbone_path: what ``utils.weights.states.read_state`` reads, or a run directory (its ``backbone.pdparams``).
+        head_path: class centres [C, D], anything ``utils.weights.head_files.read_head`` reads: one file, the shards of
+            several ranks, a checkpoint of ours, a folder that tools/convert.py made.
+        freeze: leading parts of parameter names (``layer1`` means ``layer1`` and ``layer1.…``); whole layers among
+            them run in evaluation mode, so their batch-norm statistics stay too.
+
+    Raises:
+        UserError: a file that does not fit; a name in ``freeze`` that no parameter starts with.
+    """
+    missing = [path for path in (backbone_path, head_path) if optional and path is not None and not Path(path).exists()]
+    if backbone_path is not None and backbone_path not in missing:
+        path = Path(backbone_path)
+        path = path / "backbone.pdparams" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(f"init.backbone: {path}: no such file")
+        load_state(backbone, read_state(path), path)
+    if head_path is not None and head_path not in missing:
+        _load_head(head, Path(head_path))
+    for prefix in freeze:
+        named = [p for name, p in backbone.named_parameters() if name == prefix or name.startswith(prefix + ".")]
+        if not named:
+            stages = sorted({name.partition(".")[0] for name, _ in backbone.named_parameters()})
+            raise UserError(f"init.freeze: no parameter starts with {prefix!r}; this network has {', '.join(stages)}")
+        for parameter in named:
+            parameter.stop_gradient = True
+        for name, part in backbone.named_sublayers():
+            if name == prefix or name.startswith(prefix + "."):
+                part.eval()  # a frozen stage keeps its batch-norm statistics too
+    return f"init.optional: {', '.join(missing)} is not there; starting from random weights" if missing else None
+
+
+def _load_head(head, path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"init.head: {path}: no such file")
+    weight = read_head(path)["weight"]
+    shape = (head.shard.num_classes, head.embedding_size)
+    if weight.shape != shape:
+        found = list(weight.shape)
+        raise UserError(f"init.head: {path}: class centres of shape {list(shape)} were expected, found {found}")
+    head.weight.set_value(np.ascontiguousarray(weight[head.shard.start : head.shard.stop]))

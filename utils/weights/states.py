@@ -1,0 +1,166 @@
+"""Weights on disk to named arrays, and arrays into a layer: strict, by name, never by position (traps 31 and 32).
+
+A *state* is ``dict[str, np.ndarray]``. Two spellings exist: Paddle's (``bn1._mean``, linear weights [in, out]), which
+our files use, and PyTorch's (``bn1.running_mean``, ``num_batches_tracked``, linear weights [out, in]). Which tensors
+are linear weights is asked of the layer, not guessed from shapes: a square matrix is transposed like any other.
+"""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import written_whole
+
+PICKLED = (".pdparams", ".pkl")
+TORCH = (".pt", ".pth")
+SUFFIXES = (*PICKLED, *TORCH, ".safetensors")
+RENAMED = {"running_mean": "_mean", "running_var": "_variance"}  # PyTorch -> Paddle, last part of a name
+
+
+def read_state(path: str | Path) -> dict[str, np.ndarray]:
+    """The backbone's state in a weights file, spelled as the file spells it; no code of a file is executed.
+
+    Args:
+        path: ``.pdparams`` or ``.pkl`` (Paddle), ``.pt`` or ``.pth`` (PyTorch, a bare state or a training
+            checkpoint), ``.safetensors``.
+
+    Raises:
+        UserError: the suffix is unknown, the file is damaged or holds no named arrays.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    suffix = path.suffix.lower()
+    if suffix in PICKLED:
+        from utils.weights.safe_pickle import load_weights_pickle
+
+        content = load_weights_pickle(path)
+    elif suffix in TORCH:
+        from utils.weights.torch_pickle import load_torch
+
+        content = load_torch(path)
+    elif suffix == ".safetensors":
+        content = read_safetensors(path)
+    else:
+        raise UserError(f"{path}: suffix {suffix!r} is no weights file known here; use {', '.join(SUFFIXES)} or .onnx")
+    return backbone_part(content, path)
+
+
+def backbone_part(content: object, path: str | Path) -> dict[str, np.ndarray]:
+    """The backbone's named arrays inside what a file holds (a state, or a checkpoint with one in it)."""
+    for key in ("state_dict_backbone", "backbone", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not named weights")
+    state = {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
+    if not state:
+        keys = ", ".join(map(str, list(content)[:5])) or "none"
+        raise UserError(f"{path}: holds no named arrays; its keys are {keys}")
+    for prefix in ("module.", "backbone."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name[len(prefix) :]: value for name, value in state.items()}
+    return state
+
+
+def is_torch_spelling(state: dict[str, np.ndarray]) -> bool:
+    """True if the batch norms of a state are named as PyTorch names them."""
+    return any(name.endswith((".running_mean", ".running_var", ".num_batches_tracked")) for name in state)
+
+
+def paddle_spelling(layer, state: dict[str, np.ndarray], from_torch: bool | None = None) -> dict[str, np.ndarray]:
+    """``state`` with the names and the linear layout of ``layer``'s own ``state_dict``.
+
+    Args:
+        layer: the Paddle layer the state is meant for.
+        state: in either spelling; the ancestor's ``prelu._weight`` is understood too.
+        from_torch: whether linear weights are [out, in]; None: seen from the batch norms' names.
+    """
+    from_torch = is_torch_spelling(state) if from_torch is None else from_torch
+    linears = _linear_weights(layer)
+    own = layer.state_dict()
+    result = {}
+    for name, value in state.items():
+        head, _, last = name.rpartition(".")
+        if last == "num_batches_tracked":
+            continue
+        if last == "_weight" and name not in own:
+            last = "weight"
+        name = f"{head}.{RENAMED.get(last, last)}" if head else RENAMED.get(last, last)
+        result[name] = value.T if from_torch and name in linears and value.ndim == 2 else value
+    return result
+
+
+def torch_spelling(layer) -> dict[str, np.ndarray]:
+    """``layer``'s state as PyTorch spells it, with ``num_batches_tracked``, so that it loads strictly there."""
+    linears = _linear_weights(layer)
+    back = {paddle: torch for torch, paddle in RENAMED.items()}
+    result = {}
+    for name, tensor in layer.state_dict().items():
+        value = tensor.numpy()
+        head, _, last = name.rpartition(".")
+        prefix = f"{head}." if head else ""
+        result[prefix + back.get(last, last)] = np.ascontiguousarray(value.T) if name in linears else value
+        if last == "_variance":
+            result[f"{prefix}num_batches_tracked"] = np.zeros((), np.int64)
+    return result
+
+
+def load_state(layer, state: dict[str, np.ndarray], source: str | Path, from_torch: bool | None = None) -> None:
+    """Fill ``layer`` with ``state``; every name and shape must fit.
+
+    Raises:
+        UserError: one line naming ``source`` and what is missing, left over or of another shape.
+    """
+    own = layer.state_dict()
+    state = paddle_spelling(layer, state, from_torch)
+    problems = []
+    missing = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    wrong = [
+        f"{name} is {list(state[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if name in state and list(state[name].shape) != list(own[name].shape)
+    ]
+    for label, names in (("missing", missing), ("left over", extra), ("shape", wrong)):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            problems.append(f"{label}: {', '.join(names[:4])}{more}")
+    if problems:
+        raise UserError(f"{source} does not fit {type(layer).__name__}: {'; '.join(problems)}")
+    for name, tensor in own.items():
+        value = state[name]
+        if not np.isfinite(value).all():
+            raise UserError(f"{source}: {name} holds values that are not finite")
+        tensor.set_value(np.ascontiguousarray(value).astype(str(tensor.dtype).rsplit(".", 1)[-1]))
+
+
+def save_pdparams(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
+    """Weights as ``paddle.load`` and ``set_state_dict`` take them, written aside and renamed."""
+    import paddle
+
+    place = paddle.CPUPlace()
+    with written_whole(path) as aside:
+        paddle.save({name: paddle.to_tensor(value, place=place) for name, value in arrays.items()}, str(aside))
+
+
+def _linear_weights(layer) -> set[str]:
+    from paddle import nn
+
+    return {f"{name}.weight" if name else "weight"
+            for name, part in layer.named_sublayers(include_self=True) if isinstance(part, nn.Linear)}  # fmt: skip
+
+
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Every array of a safetensors file; a damaged one is a ``UserError``."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, struct.error, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: damaged safetensors file ({error})") from None
