@@ -1,8 +1,8 @@
 """Read pickles that come from elsewhere without running any of them.
 
 The opcodes are interpreted here, one by one; a global is only a name to us, and the few names that stand for data
-(numpy arrays, dtypes, bytes) are answered by functions of ``utils/weights/pickle_machine.py``. Nothing is imported, called
-or allocated because the file asks for it: every length is compared with what is left of the file first.
+(numpy arrays, dtypes, bytes) are answered by functions of ``utils/weights/pickle_machine.py``. Nothing is imported,
+called or allocated because the file asks for it: every length is compared with what is left of the file first.
 
 Two policies. ``.bin`` verification sets: lists, tuples, bytes, bools and uint8 arrays. Weights (``.pdparams``, Paddle's
 ``.pkl``): dictionaries, lists, tuples, strings, numbers and numeric arrays of any shape.

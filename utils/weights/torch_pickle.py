@@ -1,7 +1,7 @@
 """PyTorch's ``.pt`` files without PyTorch: read both layouts (zip since 1.6, the stream before it), write the zip one.
 
-The pickle inside is interpreted by ``utils.weights.safe_pickle``'s machine, which knows names and never calls them; tensors
-are views of the storages that lie beside it, with every offset and stride checked against the storage's length.
+The pickle inside is interpreted by ``utils.weights.safe_pickle``'s machine, which knows names and never calls them;
+tensors are views of the storages that lie beside it, with every offset and stride checked against the storage's length.
 """
 
 import io
