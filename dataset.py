@@ -19,9 +19,9 @@ from mxnet_reader.file import RecordFile, Scanned
 from mxnet_reader.format import IMAGE_HEADER
 from mxnet_reader.insightface import find_layout, read_key, read_plain_images
 from mxnet_reader.rebuild import open_index
-from utils.data.decode import DecodeError, decode_image
 from utils.data.digits import packaged_digits
 from utils.data.loader import TrainLoader, build_train_loader
+from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
 
 __all__ = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.decode import DecodeError, decode_image, fit_image
+from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
 
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp")

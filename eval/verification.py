@@ -31,7 +31,7 @@ from eval.plots import draw_errors, draw_histogram, draw_roc
 from eval.protocols import read_pair_list
 from eval.report import write_csv, write_json, write_report
 from utils import distributed
-from utils.data.decode import fit_image
+from utils.decode import fit_image
 from utils.errors import UserError, one_line_errors
 from utils.progress import progress_bar
 

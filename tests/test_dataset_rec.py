@@ -270,7 +270,7 @@ def test_labels_that_are_no_class(tmp_path, label, as_array):
 def test_cut_images(tmp_path, monkeypatch, fallback):
     """mxnet fills in what is missing; here every cut is an error that names the record."""
     if fallback:
-        monkeypatch.setattr("utils.data.decode.simplejpeg", None)
+        monkeypatch.setattr("utils.decode.simplejpeg", None)
     png = encode(0, ".png")
     records, cuts = [], []
     for encoded in (JPEGS[0], png):

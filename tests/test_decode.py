@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-import utils.data.decode
-from utils.data.decode import DecodeError, decode_image, fit_image
+import utils.decode
+from utils.decode import DecodeError, decode_image, fit_image
 
 
 def picture(height=40, width=32, seed=0):
@@ -30,7 +30,7 @@ def with_orientation(encoded, orientation):
 @pytest.fixture(params=["simplejpeg", "opencv"])
 def decoder(request, monkeypatch):
     if request.param == "opencv":
-        monkeypatch.setattr(utils.data.decode, "simplejpeg", None)
+        monkeypatch.setattr(utils.decode, "simplejpeg", None)
     return request.param
 
 

@@ -15,7 +15,8 @@ from tests.test_embed import NETWORK, state_of, trained_like
 from tools import compare, embed, model_test
 from utils.errors import UserError
 from utils.photos.align import ARCFACE_TEMPLATE, align_face
-from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, load_detector, read_landmarks
+from utils.photos.detect import build_detector
+from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, read_landmarks
 from utils.weights.states import save_pdparams
 
 
@@ -182,7 +183,7 @@ def test_detector_takes_the_largest_face_or_all(tmp_path, run_dir, layer, monkey
 def test_a_file_that_is_no_detector(tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"\x00nothing")
     with pytest.raises(UserError, match="cannot load it as a YuNet detector"):
-        load_detector(tmp_path / "x.onnx")
+        build_detector(tmp_path / "x.onnx")
 
 
 def test_photos_obey_exif_and_crops_do_not(tmp_path):

@@ -22,7 +22,7 @@ import numpy as np
 
 from dataset import FolderDataset
 from eval.bins import load_bin, read_bin, save_bin
-from utils.data.decode import DecodeError, decode_image, fit_image
+from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError, one_line_errors
 from utils.progress import progress
 

@@ -29,7 +29,8 @@ from eval.embed import Embedder, load_embedder
 from eval.engines import ENGINES
 from utils.errors import UserError, one_line_errors
 from utils.files import write_json
-from utils.photos.faces import AlignedFaces, Face, detect_faces, load_detector, read_landmarks
+from utils.photos.detect import build_detector
+from utils.photos.faces import AlignedFaces, Face, detect_faces, read_landmarks
 
 
 def unit_embedding(embedder: Embedder, images_NHWC: np.ndarray) -> np.ndarray:
@@ -130,9 +131,9 @@ def two_faces(args: argparse.Namespace) -> list[Face]:
         return [listed[args.first.resolve()], listed[args.second.resolve()]]
     if args.detector is None:
         return [Face(args.first), Face(args.second)]
-    faces, empty = detect_faces([args.first, args.second], load_detector(args.detector, args.min_score), every=False)
+    faces, empty = detect_faces([args.first, args.second], build_detector(args.detector, args.min_score), every=False)
     if empty:
-        raise UserError(f"{empty[0]}: no face found; lower --min-score {args.min_score}?")
+        raise UserError(f"{empty[0]}: no face found; lower --min-score?")
     return faces
 
 
@@ -148,8 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calibrate", type=Path, nargs="+", default=[], help=".bin sets to measure the threshold on")
     parser.add_argument("--far", type=float, default=1e-3, help="false-accept rate aimed at (default: %(default)s)")
     parser.add_argument("--landmarks", type=Path, help="list of five points a face (see tools/embed.py)")
-    parser.add_argument("--detector", type=Path, help="YuNet .onnx file for OpenCV's FaceDetectorYN")
-    parser.add_argument("--min-score", type=float, default=0.8, help="least detector score (default: %(default)s)")
+    parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file for OpenCV's FaceDetectorYN")
+    parser.add_argument("--min-score", type=float, help="least detector score (default: the detector's own; YuNet 0.8)")
     parser.add_argument("--resize", action="store_true", help="resize crops of another size")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     args = parser.parse_args(argv)
@@ -164,7 +165,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model: {model}")
     faces = two_faces(args)
     embedder = load_embedder(model, args.network, args.engine)
-    crops = AlignedFaces(faces, embedder.input_size, rotate=args.detector is not None, resize=args.resize)
+    crops = AlignedFaces(
+        faces, embedder.input_size, rotate=args.detector is not None or args.landmarks is not None, resize=args.resize
+    )
     embedding_2D = unit_embedding(embedder, np.stack([crops[0], crops[1]]))
     similarity = float(embedding_2D[0] @ embedding_2D[1])
     sets = args.calibrate or run_sets(model)

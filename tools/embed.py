@@ -25,7 +25,8 @@ from eval.engines import ENGINES
 from eval.stream import digest, embed_to_file
 from utils import distributed
 from utils.errors import UserError, one_line_errors
-from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, load_detector, read_landmarks
+from utils.photos.detect import build_detector
+from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, read_landmarks
 
 
 def collect_faces(args: argparse.Namespace) -> list[Face]:
@@ -35,12 +36,12 @@ def collect_faces(args: argparse.Namespace) -> list[Face]:
     paths = find_images(args.source)
     if args.detector is None:
         return [Face(path) for path in paths]
-    faces, empty = detect_faces(paths, load_detector(args.detector, args.min_score), args.all_faces)
+    faces, empty = detect_faces(paths, build_detector(args.detector, args.min_score), args.all_faces)
     if empty:
         names = ", ".join(str(path) for path in empty[:5]) + (" ..." if len(empty) > 5 else "")
         print(f"no face found in {len(empty)} of {len(paths)} photos: {names}", file=sys.stderr)
     if not faces:
-        raise UserError(f"{args.source}: no face found in {len(paths)} photos; lower --min-score {args.min_score}?")
+        raise UserError(f"{args.source}: no face found in {len(paths)} photos; lower --min-score?")
     return faces
 
 
@@ -75,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--network", help="backbone name, where the model does not say it")
     parser.add_argument("--output", type=Path, required=True, help=".npz file to write")
     parser.add_argument("--landmarks", type=Path, help="list of five points a face")
-    parser.add_argument("--detector", type=Path, help="YuNet .onnx file for OpenCV's FaceDetectorYN")
-    parser.add_argument("--min-score", type=float, default=0.8, help="least detector score (default: %(default)s)")
+    parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file for OpenCV's FaceDetectorYN")
+    parser.add_argument("--min-score", type=float, help="least detector score (default: the detector's own; YuNet 0.8)")
     parser.add_argument("--all-faces", action="store_true", help="every face of a photo, not the largest alone")
     parser.add_argument("--resize", action="store_true", help="resize crops of another size")
     parser.add_argument("--no-flip", action="store_true", help="without the mirror image's embedding")
@@ -96,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:  # told to the other ranks, which wait
         failure = error
     distributed.raise_together(failure)
-    images = AlignedFaces(faces, embedder.input_size, rotate=args.detector is not None, resize=args.resize)
+    images = AlignedFaces(
+        faces, embedder.input_size, rotate=args.detector is not None or args.landmarks is not None, resize=args.resize
+    )
     raw = args.output.with_name(f".{args.output.name}.raw.npy")
     flip = "none" if args.no_flip else "add"
     stamp = [(face.path, face.path.stat().st_mtime_ns, face.landmark_52) for face in faces]

@@ -23,7 +23,7 @@ from dataset import FaceRecordDataset, FolderDataset, ListDataset
 from mxnet_reader.recordio import IRHeader, pack, unpack
 from tools.rec.verify import verify
 from tools.rec.write import in_order, write_records
-from utils.data.decode import DecodeError, decode_image, fit_image
+from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError, one_line_errors
 from utils.progress import progress
 

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 
 from utils.data.augment import build_augment, sample_rng
-from utils.data.decode import DecodeError, decode_image, fit_image
 from utils.data.threads import ThreadPipeline
+from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
 
 RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop", "window": "window"}

@@ -4,15 +4,17 @@ Images are uint8 RGB [H, W, 3]; landmarks float64 [5, 2], (x, y) in pixels: eyes
 as the viewer sees them.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
 from utils.photos.align import align_face
+from utils.photos.detect import Detector, choose_faces
+from utils.photos.photo import read_photo
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -30,14 +32,14 @@ def read_image(path: str | Path, rotate: bool = False) -> np.ndarray:
     """uint8 RGB [H, W, 3] of an image file; ``rotate`` obeys its EXIF rotation (photos), else pixels as stored (crops).
 
     Raises:
-        UserError: not an image that can be decoded.
+        UserError: not a whole image.
     """
-    data = np.frombuffer(Path(path).read_bytes(), np.uint8)
-    flags = cv2.IMREAD_COLOR if rotate else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(data, flags) if data.size else None
-    if image is None:
-        raise UserError(f"{path}: not an image that can be decoded ({data.size} bytes)")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    if rotate:
+        return read_photo(path)
+    try:
+        return decode_image(Path(path).read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{path}: not an image that can be decoded ({error})") from error
 
 
 def find_images(source: Path) -> list[Path]:
@@ -79,43 +81,15 @@ def read_landmarks(path: Path, folder: Path) -> list[Face]:
     return faces
 
 
-def load_detector(path: Path, min_score: float = 0.8) -> Callable[[np.ndarray], list[tuple[np.ndarray, float, float]]]:
-    """OpenCV's ``FaceDetectorYN`` on the user's YuNet file.
-
-    Returns:
-        RGB image -> a list of (landmarks [5, 2], score, area of the box), best score first.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such detector; it is OpenCV's YuNet .onnx file, from the OpenCV model zoo")
-    try:
-        detector = cv2.FaceDetectorYN.create(str(path), "", (320, 320), min_score)
-    except cv2.error as error:
-        raise UserError(f"{path}: OpenCV cannot load it as a YuNet detector ({error.err})") from None
-
-    def detect(image: np.ndarray) -> list[tuple[np.ndarray, float, float]]:
-        detector.setInputSize((image.shape[1], image.shape[0]))
-        try:
-            _, rows = detector.detect(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-        except cv2.error as error:
-            raise UserError(f"{path}: OpenCV cannot run it as a YuNet detector ({error.err})") from None
-        rows = np.zeros((0, 15)) if rows is None else np.asarray(rows, np.float64)
-        # A row: box x y w h, then right eye, left eye, nose, right and left mouth corner OF THE PERSON, then the score:
-        # the person's right is the viewer's left, which is the order of the alignment template.
-        faces = [(row[4:14].reshape(5, 2), float(row[14]), float(row[2] * row[3])) for row in rows]
-        return sorted(faces, key=lambda face: -face[1])
-
-    return detect
-
-
-def detect_faces(paths: list[Path], detect: Callable, every: bool) -> tuple[list[Face], list[Path]]:
+def detect_faces(paths: list[Path], detect: Detector, every: bool) -> tuple[list[Face], list[Path]]:
     """(faces, photos without one): every face of a photo, or the largest one."""
     faces, empty = [], []
     for path in paths:
-        found = detect(read_image(path, rotate=True))
+        photo = read_photo(path)
+        found = choose_faces(detect(photo), "all" if every else "largest", photo.shape)
         if not found:
             empty.append(path)
-        chosen = found if every else sorted(found, key=lambda face: -face[2])[:1]
-        faces += [Face(path, landmark_52, score) for landmark_52, score, _ in chosen]
+        faces += [Face(path, face.landmark_52, face.score) for face in found]
     return faces, empty
 
 
