@@ -165,9 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model: {model}")
     faces = two_faces(args)
     embedder = load_embedder(model, args.network, args.engine)
-    crops = AlignedFaces(
-        faces, embedder.input_size, rotate=args.detector is not None or args.landmarks is not None, resize=args.resize
-    )
+    crops = AlignedFaces(faces, embedder.input_size, resize=args.resize)
     embedding_2D = unit_embedding(embedder, np.stack([crops[0], crops[1]]))
     similarity = float(embedding_2D[0] @ embedding_2D[1])
     sets = args.calibrate or run_sets(model)

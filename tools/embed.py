@@ -97,9 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:  # told to the other ranks, which wait
         failure = error
     distributed.raise_together(failure)
-    images = AlignedFaces(
-        faces, embedder.input_size, rotate=args.detector is not None or args.landmarks is not None, resize=args.resize
-    )
+    images = AlignedFaces(faces, embedder.input_size, resize=args.resize)
     raw = args.output.with_name(f".{args.output.name}.raw.npy")
     flip = "none" if args.no_flip else "add"
     stamp = [(face.path, face.path.stat().st_mtime_ns, face.landmark_52) for face in faces]

@@ -28,14 +28,12 @@ class Face:
     score: float = 1.0
 
 
-def read_image(path: str | Path, rotate: bool = False) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of an image file; ``rotate`` obeys its EXIF rotation (photos), else pixels as stored (crops).
+def read_image(path: str | Path) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of a crop, pixels as stored (``read_photo`` is for photos, which may lie on their side).
 
     Raises:
         UserError: not a whole image.
     """
-    if rotate:
-        return read_photo(path)
     try:
         return decode_image(Path(path).read_bytes())
     except DecodeError as error:
@@ -94,19 +92,22 @@ def detect_faces(paths: list[Path], detect: Detector, every: bool) -> tuple[list
 
 
 class AlignedFaces:
-    """A sequence of aligned crops, read when asked for: ``len`` and ``[i]`` -> uint8 RGB [size, size, 3]."""
+    """A sequence of aligned crops, read when asked for: ``len`` and ``[i]`` -> uint8 RGB [size, size, 3].
 
-    def __init__(self, faces: list[Face], size: int, rotate: bool = False, resize: bool = False):
-        self.faces, self.size, self.rotate, self.resize = faces, size, rotate, resize
+    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored.
+    """
+
+    def __init__(self, faces: list[Face], size: int, resize: bool = False):
+        self.faces, self.size, self.resize = faces, size, resize
 
     def __len__(self) -> int:
         return len(self.faces)
 
     def __getitem__(self, index: int) -> np.ndarray:
         face = self.faces[index]
-        image = read_image(face.path, self.rotate)
         if face.landmark_52 is not None:
-            return align_face(image, face.landmark_52, self.size)
+            return align_face(read_photo(face.path), face.landmark_52, self.size)
+        image = read_image(face.path)
         if image.shape[:2] != (self.size, self.size):
             if not self.resize:
                 raise UserError(

@@ -16,8 +16,8 @@ _EXIF_START = b"Exif\x00\x00"
 def read_photo(path: str | Path) -> np.ndarray:
     """uint8 RGB [H, W, 3] of a photo, upright by its EXIF orientation (mirrored ones too).
 
-    JPEG, PNG, WebP, GIF and TIFF (the first picture of several), BMP, PNM and what else Pillow reads. Grey becomes three
-    equal channels, 16 bits are scaled to 8, CMYK becomes RGB, transparent pixels show white.
+    JPEG, PNG, WebP, GIF and TIFF (the first picture of several), BMP, PNM and what else Pillow reads. Grey becomes
+    three equal channels, 16 bits are scaled to 8, CMYK becomes RGB, transparent pixels show white.
 
     Raises:
         UserError: no image, a cut or damaged one, pixels whose range is unknown (floating point); names the file.
