@@ -9,7 +9,7 @@ CREATE_VENV = $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	{ echo "error: $(PYTHON) cannot make virtual environments; run: apt-get install python3-venv" >&2; exit 1; }; \
 	$(PYTHON) -m venv
 
-.PHONY: help setup demo demo-splits test test-oldest test-slow soak gpu-check bench lint format clean
+.PHONY: help setup demo demo-splits test test-oldest test-slow soak gpu-check gpu-kernels bench lint format clean
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -63,6 +63,17 @@ soak: setup ## kill random ranks at random moments, fifty times
 gpu-check: ## for a machine with GPUs: parity, precision, memory, throughput as one JSON
 	$(PYTHON) tools/gpu_check.py
 
+# What GPU users get from pip, in an environment of its own: 0.8 GB, no GPU needed.
+.venv-gpu/.done: pyproject.toml constraints.txt
+	$(CREATE_VENV) .venv-gpu
+	grep -v '^paddlepaddle==' constraints.txt > .venv-gpu/constraints.txt
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-gpu/constraints.txt \
+		paddlepaddle-gpu==2.6.2 setuptools -e .
+	touch $@
+
+gpu-kernels: .venv-gpu/.done ## every kernel that training calls exists in the GPU build of Paddle 2.6.2
+	.venv-gpu/bin/python -W ignore tools/gpu_kernels.py
+
 bench: setup ## every benchmark, one JSON each in work_dirs/bench
 	mkdir -p work_dirs/bench
 	set -e; for name in head reader eval embed train_step loop_overhead parity; do \
@@ -77,4 +88,4 @@ format: setup ## ruff, rewriting
 	.venv/bin/ruff format .
 
 clean: ## remove the environments and caches (keeps work_dirs and data)
-	rm -rf .venv .venv-oldest .venv-mxnet .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-oldest .venv-mxnet .venv-gpu .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -41,7 +41,7 @@ class Margin:
     Args:
         s: scale of the logits.
         gradient: ``"exact"`` differentiates the margin; ``"straight_through"`` shifts the target logit and passes the
-            gradient as if the shift were constant, ``d logit / d q = scale``, as arcface_torch does (trap 9).
+            gradient as if the shift were constant, ``d logit / d q = scale``, as arcface_torch does.
         interclass_threshold: above 0, a non-target cosine beyond it gets logit 0 and no gradient
             (arcface_torch's ``interclass_filtering_threshold``: a likely mislabelled twin of the class).
         focal_gamma: above 0, focal weighting ``(1 - p)^gamma * L`` with ``p = exp(-L)`` (Lin et al. 2017, eq. 4).
@@ -85,9 +85,6 @@ class Margin:
         if self.gradient == "straight_through":
             d_shaped, d_norm = paddle.ones_like(q), paddle.zeros_like(q)
         return TargetLogit(self.scale * shaped, self.scale * d_shaped, self.scale * d_norm)
-
-    def __call__(self, q: paddle.Tensor, norm: paddle.Tensor) -> TargetLogit:
-        return self.target(q, norm)
 
     def _shape(self, cos: paddle.Tensor, norm: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
         """(psi, d psi / d cos, d psi / d norm) of the target logit ``s * psi``."""
@@ -139,7 +136,7 @@ class Margin:
 
 
 class CombinedMargin(Margin):
-    """``s * (cos(m1 * theta + m2) - m3)`` (ArcFace, Deng et al. 2019, eq. 4): all three margins at once (trap 10).
+    """``s * (cos(m1 * theta + m2) - m3)`` (ArcFace, Deng et al. 2019, eq. 4): all three margins at once.
 
     ArcFace is (1, m, 0), CosFace (Wang et al. 2018, eq. 4) is (1, 0, m), normalised softmax is (1, 0, 0).
     ``d/dcos = m1 sin(m1 theta + m2) / sin(theta)``, the denominator kept above a floor so that cos = +-1 stays finite.

@@ -40,7 +40,7 @@ from utils.run.state import Run, find_resume, fit_batch, restore, seed_update
 from utils.run.steps import Update, fetch, finish, log_update, report_odd, save
 from utils.run.summary import summarize
 from utils.run.watchdog import Watchdog
-from utils.system import keep_freed_memory, pick_device
+from utils.system import gpu_capability, keep_freed_memory, pick_device
 from utils.weights.initial import load_initial
 from utils.weights.states import save_pdparams
 
@@ -54,7 +54,7 @@ def build(config: Config) -> Run:
     run, data, model, optim, plan = config.run, config.data, config.model, config.optim, config.schedule
     with distributed.together():
         source, num_classes = open_source(config)
-        check_precision(run.precision, paddle.get_device())
+        check_precision(run.precision, paddle.get_device(), gpu_capability())
         margin = build_margin(config.head.margin.name, **config.head.margin.kwargs())
         paddle.seed(run.seed)
         backbone = build_backbone(model.network, **model.kwargs())

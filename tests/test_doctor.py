@@ -115,3 +115,8 @@ def test_nonsense_is_one_line():
 def test_the_training_step():
     finding = doctor.check_training(10.0)
     assert finding.status == "ok" and "images/s" in finding.value
+
+
+def test_one_real_operation_tells_a_device_that_works():
+    assert doctor.failing_operation("cpu") is None
+    assert "status" in doctor.failing_operation("no_such_device:0")

@@ -6,7 +6,7 @@ from tools import gpu_kernels
 
 LOG = """\
 I1126 03:30:13.442896 32553 api.cc:88787] matmul API kernel key: [CPU, NCHW, float32]
-I1126 03:30:13.442903 32553 api.cc:88794] matmul kernel: {"input":["CPU, NCHW, float32"],"output":[],"attribute":["bool"]}
+I1126 03:30:13.442903 32553 api.cc:88794] matmul kernel: {"input":["CPU, NCHW, float32"],"attribute":["bool"]}
 I1126 03:30:13.463408 32553 api.cc:56740] full_ API kernel key: [CPU, Undefined(AnyLayout), int64]
 I1126 03:30:13.463419 32553 api.cc:56747] full kernel: {"input":["CPU, NCHW, float32"]}
 I1126 03:30:13.463419 32553 other.cc:1] a kernel: without a key is no call

@@ -10,6 +10,7 @@ from utils.errors import UserError
 from utils.model.ema import Ema
 from utils.model.optimizer import BackboneOptimizer, clip_coefficient, gradient_norm, is_norm_or_bias, trainable
 from utils.model.precision import LossScaler, check_precision
+from utils.system import without_machine_code
 
 pytestmark = pytest.mark.oldest
 
@@ -213,7 +214,24 @@ def test_reduced_precision_on_cpu_is_an_error(precision):
     with pytest.raises(UserError, match=f"run.precision: {precision}"):
         check_precision(precision, "cpu")
     check_precision("fp32", "cpu")
-    check_precision(precision, "gpu:0")
+    check_precision(precision, "gpu:0", (8, 0))
+
+
+def test_bf16_needs_a_gpu_that_has_it():
+    with pytest.raises(UserError, match=r"7\.5.*run\.precision=fp16"):
+        check_precision("bf16", "gpu:0", (7, 5))
+    check_precision("fp16", "gpu:0", (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [((6, 0), False), ((6, 1), True), ((7, 2), True), ((8, 9), True), ((9, 0), False), ((10, 0), False)],
+)
+def test_cards_that_the_wheel_of_pip_has_code_for(capability, runs):
+    problem = without_machine_code(capability, "2.6.2", "11.8")
+    assert (problem is None) == runs
+    assert runs or ("CUDA 12" in problem and f"{capability[0]}.{capability[1]}" in problem)
+    assert without_machine_code(capability, "3.3.1", "12.6") is None  # not looked into: not judged
 
 
 def test_ema_equals_the_recurrence_and_gives_weights_back():

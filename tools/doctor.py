@@ -28,10 +28,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError, one_line_errors
-from utils.system import num_cores
+from utils.system import BF16_CAPABILITY, num_cores, without_machine_code
 
 OLDEST_PADDLE, NEWEST_PADDLE = (2, 6), (3, 3)
 REQUIRED = ("numpy", "pydantic", "yaml", "rich", "prettytable", "cv2", "sklearn", "matplotlib", "safetensors")
@@ -121,8 +122,39 @@ def check_device() -> Finding:
         advice = "a CUDA build without a visible GPU: check nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
         return Finding("device", "cpu (CUDA build)", "warn", advice)
     cards = [paddle.device.cuda.get_device_properties(index) for index in range(count)]
-    listed = ", ".join(f"{card.name} {card.total_memory / GIB:.0f} GiB" for card in cards)
-    return Finding("device", f"{count} x gpu: {listed}")
+    listed = ", ".join(f"{card.name} ({card.major}.{card.minor}) {card.total_memory / GIB:.0f} GiB" for card in cards)
+    value = f"{count} x gpu: {listed}"
+    for card in cards:
+        problem = without_machine_code((card.major, card.minor), paddle.__version__, str(paddle.version.cuda()))
+        if problem:
+            return Finding("device", value, "fail", problem)
+    problem = failing_operation("gpu:0")
+    if problem:
+        advice = "this build, the driver or its CUDA libraries do not fit this card; see docs/install.md"
+        return Finding("device", f"{value}; a matrix product failed: {problem}", "fail", advice)
+    if any((card.major, card.minor) < BF16_CAPABILITY for card in cards):
+        return Finding("device", value, "ok", "no bf16 below compute capability 8.0: use run.precision=fp16")
+    return Finding("device", value)
+
+
+def failing_operation(place: str, timeout: float = 120.0) -> str | None:
+    """What one real product and convolution on ``place`` say, in a process of their own: a bad build may crash."""
+    code = (
+        "import sys, paddle; paddle.set_device(sys.argv[1]); x = paddle.ones([8, 8, 8, 8]); "
+        "y = paddle.matmul(x, x) + paddle.nn.functional.conv2d(x, paddle.ones([8, 8, 3, 3]), padding=1); "
+        "assert float(y[0, 0, 4, 4]) == 80.0, float(y[0, 0, 4, 4])"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, place],
+            timeout=timeout, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"no answer in {timeout:.0f} s"
+    if done.returncode == 0:
+        return None
+    last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+    return f"{last[0][:160]} (status {done.returncode})"
 
 
 def available_cpus() -> int:

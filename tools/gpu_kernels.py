@@ -7,8 +7,8 @@ Runs training (an update with every part, a resume), embedding and the backbones
 kernels it picks, then looks each of them up in the build's kernel registry for the GPU and for the types it was called
 with; what runs under ``auto_cast`` must be there in float16 and bfloat16 too. A missing one is named, exit status 1.
 
-What this cannot see: whether a kernel is right, and calls that only an accelerator's branch makes. The head's kernel for
-any device, the loader's hand-over and PReLU are made to take that branch here.
+What this cannot see: whether a kernel is right, and calls that only an accelerator's branch makes. The head's kernel
+for any device and the loader's hand-over are made to take that branch here.
 """
 
 import argparse
@@ -49,7 +49,8 @@ def main_settings(folder: Path) -> list[str]:
         "data.kind=synthetic", "data.num_classes=40", "data.num_images=64", "model.network=iresnet18", "model.width=8",
         "model.input_size=32", "model.embedding_size=32", "run.batch_size=4", "run.accumulation=2", "run.ema=0.9",
         "head.sample_rate=0.5", "head.chunk=16", "schedule.name=constant", "log.every_steps=1", "log.tensorboard=false",
-        "verify.sets=[]", "checkpoint.asynchronous=false", f"run.output={folder / 'run'}", "run.device=cpu", "run.precision=fp32",
+        "verify.sets=[]", "checkpoint.asynchronous=false", f"run.output={folder / 'run'}", "run.device=cpu",
+        "run.precision=fp32",
     ]  # fmt: skip
 
 
@@ -182,8 +183,14 @@ def main(argv: list[str] | None = None) -> None:
                 half = in_half_precision(kernels)
                 kernels = {key: types | half.get(key, set()) for key, types in kernels.items()}
             problems = missing_kernels(kernels, there)
-            print(f"{'ok  ' if not problems else 'FAIL'} {title}: {len(kernels)} kernels {', '.join(problems)}", flush=True)
-            report[title] = {"kernels": {key: sorted(types) for key, types in sorted(kernels.items())}, "missing": problems}
+            print(
+                f"{'ok  ' if not problems else 'FAIL'} {title}: {len(kernels)} kernels {', '.join(problems)}",
+                flush=True,
+            )
+            report[title] = {
+                "kernels": {key: sorted(types) for key, types in sorted(kernels.items())},
+                "missing": problems,
+            }
             lacking += problems
     if args.json:
         write_json(args.json, {"paddle": paddle.__version__, "cuda": paddle.version.cuda(), "work": report})

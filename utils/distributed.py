@@ -16,6 +16,7 @@ import paddle
 import paddle.distributed as dist
 
 from utils.errors import UserError
+from utils.system import gpu_capability, without_machine_code
 
 
 def init(device: str = "cpu") -> None:
@@ -45,6 +46,10 @@ def init(device: str = "cpu") -> None:
     else:
         selected = os.environ.get(f"FLAGS_selected_{device}s", "0").split(",")[0]
         paddle.set_device(f"{device}:{selected}")
+    if device == "gpu":
+        problem = without_machine_code(gpu_capability(), paddle.__version__, str(paddle.version.cuda()))
+        if problem:
+            raise UserError(f"run.device: gpu: {problem}")
     if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1 and not dist.is_initialized():
         if device == "cpu":
             # Without a backend named, a CUDA build of Paddle would pick NCCL for CPU tensors.

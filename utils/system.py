@@ -25,6 +25,35 @@ def threads_of_rank(world_size: int = 1) -> int:
     return max(1, num_cores() // max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", world_size))))
 
 
+# Compute capabilities that a GPU build has machine code for, by Paddle and CUDA version: read out of the fat binaries
+# of the wheel that pip finds by itself, which hold no PTX to compile for others. Builds not listed are not judged.
+MACHINE_CODE = {("2.6.2", "11.8"): ((6, 1), (7, 0), (7, 5), (8, 0), (8, 6))}
+BF16_CAPABILITY = (8, 0)
+
+
+def without_machine_code(capability: tuple[int, int], paddle_version: str, cuda_version: str) -> str | None:
+    """Why a GPU of this compute capability cannot run a build's kernels, and what to do; None if nothing speaks for it.
+
+    Machine code for X.y runs on X.z with z >= y and on no other X.
+    """
+    built_for = MACHINE_CODE.get((paddle_version, cuda_version))
+    if built_for is None or any(major == capability[0] and minor <= capability[1] for major, minor in built_for):
+        return None
+    known = ", ".join(f"{major}.{minor}" for major, minor in built_for)
+    return (
+        f"compute capability {capability[0]}.{capability[1]}, but paddlepaddle-gpu {paddle_version} for CUDA "
+        f"{cuda_version} has machine code for {known} alone; install Paddle's build for CUDA 12 (docs/install.md)"
+    )
+
+
+def gpu_capability() -> tuple[int, int] | None:
+    """Compute capability of the GPU in use; None where the device is no GPU."""
+    import paddle
+
+    place = paddle.get_device()
+    return paddle.device.cuda.get_device_capability(place) if place.startswith("gpu") else None
+
+
 def pick_device(name: str) -> str:
     """``auto`` is a GPU where Paddle can use one, the CPU otherwise."""
     if name != "auto":

@@ -10,16 +10,22 @@ import math
 import paddle
 
 from utils.errors import UserError
+from utils.system import BF16_CAPABILITY
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def check_precision(precision: str, device: str) -> None:
-    """UserError if this precision cannot be had on this device."""
+def check_precision(precision: str, device: str, capability: tuple[int, int] | None = None) -> None:
+    """UserError if this precision cannot be had on this device (``capability``: of a GPU)."""
     if precision != "fp32" and device == "cpu":
         raise UserError(
             f"run.precision: {precision} asked for on cpu, where Paddle silently computes in fp32; "
             "set run.precision=fp32 or run on a GPU (run.device=gpu)"
+        )
+    if precision == "bf16" and capability is not None and capability < BF16_CAPABILITY:
+        raise UserError(
+            f"run.precision: bf16 asked for on a GPU of compute capability {capability[0]}.{capability[1]}, where "
+            "Paddle computes in fp32 with a warning; set run.precision=fp16"
         )
 
 
