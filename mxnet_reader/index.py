@@ -3,19 +3,16 @@
 N records; ``keys_N`` and ``offsets_N`` are int64, in the order of the file.
 """
 
-import itertools
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, MutableSequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from mxnet_reader.errors import MissingKeyError, RecordError
 
-BLOCK = 1 << 19  # bytes parsed at a time: the temporaries stay small, the threads meet seldom
-_NUM_PARSERS = 2  # threads; more would mostly wait for the interpreter's lock
 CHUNK = 1 << 20  # rows compared at a time: temporaries stay small beside the index
 
 
@@ -163,73 +160,14 @@ def read_index(path: str | os.PathLike) -> tuple[RecordIndex, bool]:
 
 
 def _read_plain(path: str) -> np.ndarray | None:
-    """[N, 2] from a file of nothing but ``digits<tab>digits<newline>`` lines; None if it is not one.
-
-    Eight digits at a time in 64-bit words, so that opening millions of lines takes well under a second; no larger than
-    the result and a few blocks.
-    """
-    with open(path, "rb") as file, ThreadPoolExecutor(_NUM_PARSERS) as pool:
-        num_lines = sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK), b""))
-        file.seek(0)
-        flat, filled = np.empty(2 * num_lines, np.int64), 0
-        blocks = _whole_lines(file)
-        while group := list(itertools.islice(blocks, _NUM_PARSERS)):
-            for values in pool.map(_parse_plain, group):
-                if values is None or filled + len(values) > len(flat):
-                    return None
-                flat[filled : filled + len(values)] = values
-                filled += len(values)
-    return flat.reshape(-1, 2) if filled == len(flat) else None
-
-
-def _whole_lines(file) -> Iterator[bytes]:
-    """The file in blocks of whole lines, 16 filler characters before each; a cut last line comes as ``?``."""
-    rest = b""
-    for block in iter(lambda: file.read(BLOCK), b""):
-        block = rest + block
-        stop = block.rfind(b"\n") + 1
-        rest = block[stop:]
-        if stop:
-            yield b"0" * 16 + block[:stop]
-    if rest:
-        yield b"?"
-
-
-def _parse_plain(text: bytes) -> np.ndarray | None:
-    """The numbers of whole lines behind 16 filler characters, int64; None for anything but digits, tabs, newlines."""
-    letters = np.frombuffer(text, np.uint8)
-    ends = np.flatnonzero(letters < ord("0"))
-    widths = np.diff(ends, prepend=15) - 1
-    separators = letters[ends]
-    if len(ends) % 2 or (separators[::2] != ord("\t")).any() or (separators[1::2] != ord("\n")).any():
-        return None
-    if letters.max() > ord("9") or widths.min(initial=1) < 1 or widths.max(initial=1) > 16:
-        return None
-    words = np.ndarray((len(text) - 7,), "<u8", text, strides=(1,))  # the 8 characters from every place on
-    values = _eight_digits(words[ends - 8], np.minimum(widths, 8))
-    if widths.max(initial=1) > 8:
-        long = np.flatnonzero(widths > 8)
-        values[long] += _eight_digits(words[ends[long] - 16], widths[long] - 8) * np.uint64(10**8)
-    return values.astype(np.int64)
-
-
-def _eight_digits(words: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Decimal value of the last ``widths`` (1..8) of eight characters, the first one in the lowest byte."""
-    unused = (64 - 8 * widths).astype(np.uint64)
-    words = (words ^ np.uint64(0x3030303030303030)) >> unused << unused
-    for mask, factor, shift in _MERGES:  # digits to pairs, pairs to fours, fours to eight
-        words = (words & mask) * factor >> shift
-    return words
-
-
-_MERGES = [
-    tuple(map(np.uint64, merge))
-    for merge in (
-        (0x0F0F0F0F0F0F0F0F, 10 * 2**8 + 1, 8),
-        (0x00FF00FF00FF00FF, 100 * 2**16 + 1, 16),
-        (0x0000FFFF0000FFFF, 10_000 * 2**32 + 1, 32),
-    )
-]
+    """[N, 2] from a file of whole lines that begin with two integers; None if there is another one."""
+    with warnings.catch_warnings():
+        for kind in (UserWarning, DeprecationWarning):  # of a file of blank lines, and of numbers with a point
+            warnings.simplefilter("error", kind)
+        try:
+            return np.loadtxt(path, np.int64, comments=None, usecols=(0, 1), ndmin=2, encoding="latin1")
+        except (ValueError, UserWarning, DeprecationWarning):
+            return None
 
 
 def _read_lines(path: str) -> tuple[np.ndarray, bool]:

@@ -376,21 +376,28 @@ def test_bad_index_lines_are_named(tmp_path, text):
         read_index(tmp_path / "a.idx")
 
 
-def test_plain_index_parser_against_int():
-    """Every width of number, across block borders; anything unusual is left to the careful parser."""
-    from mxnet_reader.index import _parse_plain
-
+def test_index_numbers_against_int(tmp_path):
+    """Every width of number that an int64 holds, between all separators that occur."""
     rng = np.random.default_rng(0)
+    widths = [digits for digits in range(1, 19) for _ in range(9)]
     rows = [
-        (int(rng.integers(0, 10**digits)), int(rng.integers(0, 10 ** (17 - digits)))) for digits in range(1, 17)
-    ] * 9
-    text = "".join(f"{key}\t{offset}\n" for key, offset in rows).encode()
-    assert _parse_plain(b"0" * 16 + text).reshape(-1, 2).tolist() == [list(row) for row in rows]
-    for bad in (b"1 2\n", b"1\t2\r\n", b"-1\t2\n", b"1\t2\t3\n", b"\n1\t2\n", b"1\t\n", b"1\t12345678901234567\n"):
-        assert _parse_plain(b"0" * 16 + bad) is None
+        (int(rng.integers(0, 10**a)), int(rng.integers(0, 10**b))) for a, b in zip(widths, widths[::-1], strict=True)
+    ]
+    rows += [(-1, 2), (2**63 - 1, 0)]
+    for line in ("{}\t{}\n", "{} {}\n", "{}\t{}\r\n", "{}\t{}\t77\n", "\n{}\t{}\n", "  {}\t {} \n"):
+        (tmp_path / "a.idx").write_bytes("".join(line.format(*row) for row in rows).encode())
+        index, whole = read_index(tmp_path / "a.idx")
+        assert whole and list(zip(index.keys_N.tolist(), index.offsets_N.tolist(), strict=True)) == rows
 
 
-def test_index_larger_than_a_block(tmp_path):
+@pytest.mark.parametrize("bad", ["1.0\t2", "1\t2.5", "1\tx", "#1\t2", "1,2", "1e3\t2", f"1\t{2**63}"])
+def test_no_line_of_the_index_is_guessed(tmp_path, bad):
+    (tmp_path / "a.idx").write_text(f"0\t0\n{bad}\n2\t16\n")
+    with pytest.raises(RecordError, match=r"a\.idx: line 2"):
+        read_index(tmp_path / "a.idx")
+
+
+def test_index_of_many_lines(tmp_path):
     offsets = np.cumsum(np.random.default_rng(0).integers(1, 10**6, 40_000))
     (tmp_path / "a.idx").write_text(
         "".join(f"{key}\t{offset}\n" for key, offset in enumerate(offsets.tolist(), 99_990))

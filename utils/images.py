@@ -1,0 +1,116 @@
+"""Image files on disk: which names are images, which are passed over, and how a folder is searched. One rule for all.
+
+Names that begin with a dot and the folders that systems and editors leave behind (``_NOT_OURS``) are ignored. Images
+are found at any depth; links to folders are followed, a link back to a folder that it lies in is not.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.errors import UserError
+
+IMAGE_SUFFIXES = (
+    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
+)  # fmt: skip
+_SUFFIXES = frozenset(IMAGE_SUFFIXES)
+_NOT_OURS = frozenset(
+    {"@eadir", "#recycle", "$recycle.bin", "__macosx", "desktop.ini", "lost+found", "system volume information",
+     "thumbs.db"}
+)  # fmt: skip
+
+
+def is_hidden(name: str) -> bool:
+    """True for a file or folder name (no path) that no tool of ours looks at."""
+    return name.startswith(".") or name.lower() in _NOT_OURS
+
+
+def is_image_name(name: str | os.PathLike) -> bool:
+    """True where the suffix is an image's, in upper or lower case."""
+    return os.path.splitext(os.fspath(name))[1].lower() in _SUFFIXES  # noqa: PTH122 - for speed
+
+
+@dataclass
+class ImageFiles:
+    """What a search found.
+
+    Attributes:
+        root: the folder searched.
+        names: paths of the images relative to ``root`` with ``/`` between their parts, in the order of the parts.
+        passed_over: reason -> (how many, the first one), relative to ``root``.
+    """
+
+    root: Path
+    names: list[str] = field(default_factory=list)
+    passed_over: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def paths(self) -> list[Path]:
+        return [self.root / name for name in self.names]
+
+    def pass_over(self, reason: str, name: str) -> None:
+        """Count a name that is not taken."""
+        count, first = self.passed_over.get(reason, (0, name))
+        self.passed_over[reason] = (count + 1, first)
+
+    def summary(self) -> str | None:
+        """One line about what was passed over, or None."""
+        if not self.passed_over:
+            return None
+        parts = [f"{count} {reason} ({first})" for reason, (count, first) in self.passed_over.items()]
+        return f"{self.root}: passed over {', '.join(parts)}"
+
+
+def find_image_files(root: str | os.PathLike) -> ImageFiles:
+    """The images under a folder, to the bottom.
+
+    Raises:
+        UserError: no such folder.
+        OSError: a folder in it cannot be read.
+    """
+    found = ImageFiles(Path(root))
+    if not found.root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    found.names.extend(_search(found, "", [_identity(found.root)]))
+    return found
+
+
+def _search(found: ImageFiles, folder: str, above: list[tuple[int, int]]) -> Iterator[str]:
+    with os.scandir(found.root / folder) as entries:
+        entries = sorted(entries, key=lambda entry: entry.name)
+    for entry in entries:
+        name = f"{folder}{entry.name}"
+        if is_hidden(entry.name):
+            found.pass_over("hidden", name)
+        elif _is_folder(entry):
+            identity = _identity(entry.path)
+            if identity in above:
+                found.pass_over("links to a folder around them", name)
+            else:
+                yield from _search(found, f"{name}/", [*above, identity])
+        elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110 - for speed
+            found.pass_over("broken links", name)
+        elif is_image_name(entry.name):
+            yield name
+        else:
+            found.pass_over("files that are no images", name)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _identity(folder: str | os.PathLike) -> tuple[int, int]:
+    status = Path(folder).stat()
+    return status.st_dev, status.st_ino
+
+
+def find_image(stem: str | os.PathLike) -> Path | None:
+    """The image of this name, or of this name with an image's suffix behind it (dots in names are no suffixes)."""
+    stem = Path(stem)
+    candidates = [stem, *(stem.with_name(stem.name + suffix) for suffix in IMAGE_SUFFIXES)]
+    candidates += [stem.with_name(stem.name + suffix.upper()) for suffix in IMAGE_SUFFIXES]
+    return next((path for path in candidates if path.is_file()), None)
