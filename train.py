@@ -31,7 +31,7 @@ from utils.model.precision import LossScaler, autocast, check_precision
 from utils.model.replica import Replica
 from utils.model.schedule import LrSchedule, scaled_lr
 from utils.run.checkpoint import CheckpointWriter
-from utils.run.folder import open_run_folder
+from utils.run.folder import open_run_folder, owned_run_folder
 from utils.run.log import RunLog
 from utils.run.meters import Meter, SpikeDetector, due
 from utils.run.pictures import open_pictures
@@ -225,16 +225,17 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(device)
     if device == "cpu":
         keep_freed_memory()
-    run = build(config)
-    try:
-        train(run)
-        run.watchdog.stop()
-    except UserError:  # all ranks have it; anything else the other ranks learn from the missing heartbeat
-        run.watchdog.stop()
-        raise
-    finally:
-        run.log.close()
-        run.loader.close()
+    with owned_run_folder(config.run.output):
+        run = build(config)
+        try:
+            train(run)
+            run.watchdog.stop()
+        except UserError:  # all ranks have it; anything else the other ranks learn from the missing heartbeat
+            run.watchdog.stop()
+            raise
+        finally:
+            run.log.close()
+            run.loader.close()
 
 
 if __name__ == "__main__":

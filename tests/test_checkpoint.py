@@ -300,9 +300,3 @@ def test_a_fresh_run_moves_an_earlier_one_aside(tmp_path):
     assert list_checkpoints(tmp_path / "previous_1") and not list_checkpoints(tmp_path)
     save(tmp_path, 5)
     assert "previous_2" in open_run_folder(tmp_path, fresh=True)
-
-
-def test_a_run_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        open_run_folder(tmp_path / "file" / "run", fresh=True)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
+from utils.owner import claim
 from utils.run.checkpoint import list_checkpoints, load_checkpoint, read_meta
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,6 +216,7 @@ attempt("fewer", good, "data.num_classes=1")
 attempt("init", good, f"init.backbone={folder}/none.pdparams")
 attempt("freeze", good, "init.freeze=[stage9]")
 attempt("sync_bn", good, "run.sync_bn=true")
+attempt("owned", good, f"run.output={folder}/owned")
 attempt("label", good, "data.kind=rec", f"data.root={folder}/rec", "data.num_classes=null", "run.batch_size=5")
 """
 )
@@ -243,7 +245,8 @@ def test_bad_input_is_one_line_on_every_rank(tmp_path):
     (tmp_path / "empty").mkdir()
     write_rec(tmp_path / "rec", [0, 1, 2, 1, 0, 2, 1, 0, 2, 7], num_classes=3)
     source = BAD.replace("good = f", 'run(f"{folder}/before.yaml")\ngood = f', 1)
-    outputs = [results(output) for output in run_ranks(source, 2, [tmp_path], timeout=200)]
+    with claim(tmp_path / "owned"):  # by this process
+        outputs = [results(output) for output in run_ranks(source, 2, [tmp_path], timeout=200)]
     expected = {
         "missing": "nowhere/train.rec: no such file",
         "empty": "empty",
@@ -260,6 +263,7 @@ def test_bad_input_is_one_line_on_every_rank(tmp_path):
         "init": "none.pdparams: no such file",
         "freeze": "'stage9'",
         "sync_bn": "run.sync_bn",
+        "owned": f"owned: in use by process {os.getpid()} on",
         "label": "label 7 of record 10 is not in [0, 3)",
     }
     for rank, found in enumerate(outputs):

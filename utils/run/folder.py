@@ -1,12 +1,14 @@
-"""The run directory: made once, an earlier run's files moved aside, and seen as the same by all ranks."""
+"""The run directory: owned by one training, seen as the same by all ranks, an earlier run's files moved aside."""
 
-import os
+import contextlib
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils import distributed
 from utils.errors import UserError
-from utils.files import write_text
+from utils.owner import claim
 
 # What a run leaves; a fresh run in the same directory moves it to previous_N/.
 _PRODUCTS = (
@@ -24,39 +26,54 @@ _PRODUCTS = (
 )
 
 
-def open_run_folder(run_dir: str | Path, fresh: bool) -> str | None:
-    """Make the run directory and check that all ranks see the same one. All ranks call it.
+@contextlib.contextmanager
+def owned_run_folder(run_dir: str | Path) -> Iterator[None]:
+    """Make the run directory and keep other trainings out of it (``utils.owner``) for the length of a block.
 
-    Args:
-        fresh: not a resume: what an earlier run left is moved to ``previous_N/`` (nothing is deleted).
-
-    Returns:
-        What was done with an earlier run's files, to be told; None if there were none.
+    All ranks call it, before they read anything there; rank 0 claims.
 
     Raises:
-        UserError: on every rank, if one cannot write or sees another folder.
+        UserError: on every rank, if another run has the folder, or a rank cannot write it or sees another one.
     """
-    run_dir, token = Path(run_dir), distributed.broadcast_object(os.urandom(8).hex())
-    probe, moved, error = run_dir / ".shared_probe", None, None
-    if distributed.get_rank() == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            moved = _move_aside(run_dir) if fresh else None
-            write_text(probe, token)
-        except OSError as failure:
-            error = UserError(f"{run_dir}: cannot be written: {failure.strerror}; set run.output to a writable folder")
-    distributed.raise_together(error)
-    seen = probe.read_text() if probe.exists() else None
-    if seen != token:
-        host = os.uname().nodename if hasattr(os, "uname") else "this machine"
-        error = UserError(
-            f"{run_dir.resolve()} on rank {distributed.get_rank()} ({host}) is not the folder that rank 0 writes; "
-            "put run.output on storage that all machines share"
-        )
-    distributed.raise_together(error)
-    if distributed.get_rank() == 0:
-        probe.unlink(missing_ok=True)
-    return moved
+    run_dir, owner = Path(run_dir), None
+    with distributed.together():
+        if distributed.get_rank() == 0:
+            try:
+                owner = claim(run_dir, "set run.output to another folder")
+            except OSError as error:
+                reason = error.strerror or error
+                raise UserError(
+                    f"{run_dir}: cannot be written: {reason}; set run.output to a writable folder"
+                ) from None
+    with owner if owner is not None else contextlib.nullcontext():
+        name = distributed.broadcast_object(owner and owner.path.name)
+        token = distributed.broadcast_object(owner and owner.claim.token)
+        with distributed.together():
+            seen = run_dir / name
+            if not seen.exists() or token not in seen.read_text(encoding="utf-8"):
+                raise UserError(
+                    f"{run_dir.resolve()} on rank {distributed.get_rank()} ({socket.gethostname()}) is not the folder "
+                    "that rank 0 writes; put run.output on storage that all machines share"
+                )
+        yield
+
+
+def open_run_folder(run_dir: str | Path, fresh: bool) -> str | None:
+    """Prepare the owned run directory: what an earlier run left goes to ``previous_N/``, unless it is continued.
+
+    All ranks call it. Nothing is deleted.
+
+    Args:
+        fresh: not a resume.
+
+    Returns:
+        What was done with an earlier run's files, to be logged (rank 0); None if there were none.
+
+    Raises:
+        UserError: on every rank, if the files cannot be moved.
+    """
+    with distributed.together():
+        return _move_aside(Path(run_dir)) if fresh and distributed.get_rank() == 0 else None
 
 
 def _move_aside(run_dir: Path) -> str | None:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils import distributed
+from utils.owner import is_running, release_all
 
 EXIT_STATUS = 76
 BEAT = 1.0  # seconds between two heartbeats
@@ -117,7 +118,7 @@ class Watchdog:
                 self._seen[rank] = (peer["counter"], now)
             elif now - since > STALE:
                 return f"{where} has given no sign for {now - since:.0f} s; {last}"
-            if peer["host"] == socket.gethostname() and not _alive(peer["pid"]):
+            if peer["host"] == socket.gethostname() and is_running(peer["pid"]) is False:
                 return f"{where} has died; {last}"
         still = time.monotonic() - self._moved
         if self.hang_timeout and still > self.hang_timeout:
@@ -142,23 +143,6 @@ class Watchdog:
         try:
             if self.on_end is not None:
                 self.on_end(message)
+            release_all()
         finally:
             os._exit(EXIT_STATUS)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return not _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    """A killed child that its launcher has not reaped yet still has a pid (Linux)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        return False
