@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eval.bins import load_bin
+from eval.pairs import verify
 from utils.errors import UserError
 
 
@@ -54,8 +55,6 @@ class Verification:
 
     def __call__(self, backbone) -> dict[str, dict[str, float]]:
         """Figures by set, the same on all ranks. All ranks call it; every part of the backbone keeps its mode."""
-        from eval.verification import verify  # here, because it brings matplotlib along
-
         figures = {}
         for name, result in verify(backbone, self.sets, batch_size=self.batch_size).items():
             metrics = dataclasses.asdict(result.metrics)

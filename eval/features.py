@@ -14,10 +14,10 @@ import numpy as np
 
 from eval.embed import RUN_FILES, Embedder
 from eval.protocols import TemplateProtocol, read_image
-from eval.report import write_json
 from eval.stream import embed_to_file
 from utils import distributed
 from utils.errors import UserError
+from utils.files import write_json
 from utils.photos.align import align_face
 from utils.system import threads_of_rank
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.search import Search, search
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def cmc(found: Search, ranks: Sequence[int] = (1, 5, 10)) -> ClosedSet:
     """``closed_set`` of a search already made."""
     rank_Q = found.mate_rank_Q[found.mated_Q]
     if not len(rank_Q):
-        raise ValueError(f"none of {len(found.mated_Q)} probes has its subject in the gallery; CMC needs mated probes")
+        raise UserError(f"none of {len(found.mated_Q)} probes has its subject in the gallery; CMC needs mated probes")
     rates = tuple(float(np.count_nonzero(rank_Q <= rank) / len(rank_Q)) for rank in ranks)
     return ClosedSet(tuple(ranks), rates, len(rank_Q), found.num_subjects)
 
@@ -82,7 +83,7 @@ def tpir_at_fpir(found: Search, fpirs: Sequence[float] = (0.01, 0.1), rank: int 
     mated_Q = found.mated_Q
     others = np.sort(found.best_score_Q[~mated_Q])[::-1]
     if not len(others) or not mated_Q.any():
-        raise ValueError(
+        raise UserError(
             f"{len(others)} non-mated and {int(mated_Q.sum())} mated probes; open-set identification needs both"
         )
     within = found.mate_score_Q[mated_Q][found.mate_rank_Q[mated_Q] <= rank]
@@ -111,7 +112,7 @@ def pair_recall(found: Search, fars: Sequence[float] = (0.01, 0.1)) -> list[Pair
     for far in fars:
         top = math.ceil(len(mate_score) * far)
         if not 0 < top <= len(found.impostor_K):
-            raise ValueError(f"far {far} needs {top} impostor scores; the search kept {len(found.impostor_K)}")
+            raise UserError(f"far {far} needs {top} impostor scores; the search kept {len(found.impostor_K)}")
         limit = found.impostor_K[top - 1]
         points.append(PairRecall(far, float(np.count_nonzero(mate_score > limit) / len(mate_score)), float(limit)))
     return points

@@ -12,6 +12,8 @@ from functools import partial
 
 import numpy as np
 
+from eval.vectors import scale_to_unit
+from utils.errors import UserError
 from utils.system import threads_of_rank
 
 ACCURACY_GRID = (0.0, 4.0, 0.01)
@@ -78,11 +80,11 @@ def pair_distances(embedding_ND: np.ndarray) -> np.ndarray:
     Works through blocks that stay in cache, in float64 whatever comes in. A zero vector stays zero.
 
     Raises:
-        ValueError: not two-dimensional, an odd number of rows, or a row that is not finite.
+        UserError: not two-dimensional, an odd number of rows, or a row that is not finite.
     """
     embedding_ND = np.asarray(embedding_ND)
     if embedding_ND.ndim != 2 or len(embedding_ND) % 2:
-        raise ValueError(f"embeddings have shape {embedding_ND.shape}; [2 * pairs, size] is needed")
+        raise UserError(f"embeddings have shape {embedding_ND.shape}; [2 * pairs, size] is needed")
     distance_P = np.empty(len(embedding_ND) // 2)
     num_threads = threads_of_rank()
     bounds = np.linspace(0, len(distance_P), num_threads + 1).astype(int)
@@ -91,7 +93,7 @@ def pair_distances(embedding_ND: np.ndarray) -> np.ndarray:
     if not np.isfinite(distance_P).all():
         pair = int(np.flatnonzero(~np.isfinite(distance_P))[0])
         row = 2 * pair + int(np.isfinite(embedding_ND[2 * pair]).all())
-        raise ValueError(f"embedding {row} holds NaN or infinity (or overflows when squared)")
+        raise UserError(f"embedding {row} holds NaN or infinity (or overflows when squared)")
     return distance_P
 
 
@@ -103,9 +105,7 @@ def _fill_distances(embedding_ND, distance_P, first, stop):
         end = min(start + _PAIRS_PER_BLOCK, stop)
         rows, difference = rows_BD[: 2 * (end - start)], difference_BD[: end - start]
         rows[...] = embedding_ND[2 * start : 2 * end]
-        norm = np.sqrt(np.einsum("ij,ij->i", rows, rows))
-        norm[norm == 0] = 1
-        rows /= norm[:, None]
+        scale_to_unit(rows, out=rows)
         np.subtract(rows[0::2], rows[1::2], out=difference)
         np.square(difference, out=difference).sum(1, out=distance_P[start:end])
 
@@ -119,7 +119,7 @@ def verification_metrics(
     every pair is a fold. Distances strictly below a threshold count as the same person.
 
     Raises:
-        ValueError: shapes that do not fit, fewer than two pairs or folds, or values that are not finite.
+        UserError: shapes that do not fit, fewer than two pairs or folds, or values that are not finite.
     """
     return distance_metrics(pair_distances(embedding_ND), same_P, num_folds, far_target)
 
@@ -131,9 +131,9 @@ def distance_metrics(
     same_P = np.asarray(same_P).astype(bool)
     num_pairs = len(distance_P)
     if same_P.shape != (num_pairs,):
-        raise ValueError(f"{same_P.size} labels for {num_pairs} pairs; each pair needs one")
+        raise UserError(f"{same_P.size} labels for {num_pairs} pairs; each pair needs one")
     if num_pairs < 2 or num_folds < 2:
-        raise ValueError(f"{num_pairs} pairs in {num_folds} folds cannot be cross-validated; two of each are needed")
+        raise UserError(f"{num_pairs} pairs in {num_folds} folds cannot be cross-validated; two of each are needed")
     num_folds = min(num_folds, num_pairs)
     sizes_F = np.full(num_folds, num_pairs // num_folds)
     sizes_F[: num_pairs % num_folds] += 1
@@ -179,7 +179,7 @@ def tar_at_far(score_P: np.ndarray, same_P: np.ndarray, fars: Sequence[float] = 
     that score high enough to matter are sorted; if that turns out too few to decide, more are taken.
 
     Raises:
-        ValueError: lengths differ, a score is NaN, or genuine or impostor pairs are missing.
+        UserError: lengths differ, a score is NaN, or genuine or impostor pairs are missing.
     """
     score_P, same_P, num_same, num_different = _checked_scores(score_P, same_P)
     fraction = 1.0 if len(score_P) <= _WHOLE_CURVE_PAIRS else min(1.0, 1.05 * max(fars) + 1e-3)
@@ -211,12 +211,12 @@ def _checked_scores(score_P, same_P):
     if same_P.dtype != np.bool_:
         same_P = same_P.astype(bool)
     if score_P.ndim != 1 or score_P.shape != same_P.shape:
-        raise ValueError(f"{score_P.shape} scores for {same_P.shape} labels; each pair needs one of both")
+        raise UserError(f"{score_P.shape} scores for {same_P.shape} labels; each pair needs one of both")
     if np.isnan(score_P.sum()) and np.isnan(score_P).any():
-        raise ValueError(f"score {int(np.flatnonzero(np.isnan(score_P))[0])} is NaN; the features hold NaN or infinity")
+        raise UserError(f"score {int(np.flatnonzero(np.isnan(score_P))[0])} is NaN; the features hold NaN or infinity")
     num_same = int(np.count_nonzero(same_P))
     if num_same in (0, len(same_P)):
-        raise ValueError(f"{num_same} genuine pairs of {len(same_P)}; TAR at FAR needs genuine and impostor pairs")
+        raise UserError(f"{num_same} genuine pairs of {len(same_P)}; TAR at FAR needs genuine and impostor pairs")
     return score_P, same_P, num_same, len(same_P) - num_same
 
 

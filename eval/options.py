@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import paddle
+from prettytable import PrettyTable
 
 
 def default_device() -> str:
@@ -40,8 +41,15 @@ def add_report_options(parser: argparse.ArgumentParser, results: str) -> None:
     )
 
 
-def told_settings(args: argparse.Namespace, label: str, **more: object) -> dict:
+def shown_settings(args: argparse.Namespace, label: str, **more: object) -> dict:
     """The options as a report shows them; ``label`` where none was given."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"compare": [str(path) for path in args.compare], "paddle": paddle.__version__, **more}
     return settings | {"label": args.label or label}
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    """A table of text to the standard output."""
+    table = PrettyTable(head)
+    table.add_rows(rows)
+    print(table, flush=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from utils.errors import UserError
 from utils.system import threads_of_rank
 
 _SCORES_PER_BLOCK = 1 << 22
@@ -48,19 +49,17 @@ def search(
     """Compare every probe with every gallery template (unit vectors, dot product, float64), block by block.
 
     Raises:
-        ValueError: shapes do not fit, a side is empty, or a feature is not finite or far from unit length.
+        UserError: shapes do not fit, a side is empty, or a feature is not finite or far from unit length.
     """
     gallery_GD, probe_QD = np.asarray(gallery_GD, np.float64), np.asarray(probe_QD, np.float64)
     gallery_subject_G, probe_subject_Q = np.asarray(gallery_subject_G), np.asarray(probe_subject_Q)
     for what, feature, subject in (("gallery", gallery_GD, gallery_subject_G), ("probe", probe_QD, probe_subject_Q)):
         if feature.ndim != 2 or len(feature) == 0 or subject.shape != (len(feature),):
-            raise ValueError(f"{what}: features {feature.shape} and subjects {subject.shape}; [n, size] and [n], n > 0")
+            raise UserError(f"{what}: features {feature.shape} and subjects {subject.shape}; [n, size] and [n], n > 0")
         if not np.isfinite(feature.sum()) and not np.isfinite(feature).all():
-            raise ValueError(
-                f"{what}: row {int(np.flatnonzero(~np.isfinite(feature).all(1))[0])} holds NaN or infinity"
-            )
+            raise UserError(f"{what}: row {int(np.flatnonzero(~np.isfinite(feature).all(1))[0])} holds NaN or infinity")
     if gallery_GD.shape[1] != probe_QD.shape[1]:
-        raise ValueError(f"gallery features have size {gallery_GD.shape[1]}, probe features {probe_QD.shape[1]}")
+        raise UserError(f"gallery features have size {gallery_GD.shape[1]}, probe features {probe_QD.shape[1]}")
     gallery_GD, subject_S, starts_S = _group_by_subject(gallery_GD, gallery_subject_G)
     exact = _Exact(gallery_GD, starts_S, probe_QD)
     error = _largest_error(gallery_GD, probe_QD)
@@ -175,7 +174,7 @@ def _largest_error(gallery_GD: np.ndarray, probe_QD: np.ndarray) -> float:
     lengths = [float(np.sqrt(np.einsum("ij,ij->i", side, side).max())) for side in (gallery_GD, probe_QD)]
     product = lengths[0] * lengths[1]
     if product and not 1e-12 < product < 1e12:
-        raise ValueError(f"the longest features measure {lengths[0]:g} and {lengths[1]:g}; normalise them to 1")
+        raise UserError(f"the longest features measure {lengths[0]:g} and {lengths[1]:g}; normalise them to 1")
     return (gallery_GD.shape[1] + 8) * 2.0**-24 * product
 
 

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import sparse
 
+from eval.vectors import scale_to_unit
+from utils.errors import UserError
 from utils.system import threads_of_rank
 
 _ROWS_PER_BLOCK = 1024
@@ -40,13 +42,13 @@ def pool_templates(
         whose sum is zero stays zero.
 
     Raises:
-        ValueError: lengths differ, there is no image, or a template is not finite (its id is named).
+        UserError: lengths differ, there is no image, or a template is not finite (its id is named).
     """
     feature_ND = feature_ND if isinstance(feature_ND, np.ndarray) else np.asarray(feature_ND)
     template_N, media_N = np.asarray(template_N), np.asarray(media_N)
     num_images = len(feature_ND)
     if not num_images or template_N.shape != (num_images,) or media_N.shape != (num_images,):
-        raise ValueError(
+        raise UserError(
             f"{num_images} features, {template_N.shape} template ids and {media_N.shape} media ids; "
             "there must be at least one image, and one id of each kind an image"
         )
@@ -68,9 +70,7 @@ def pool_templates(
         # Row i of this sparse matrix holds 1 / (images of the medium) for each image of template i.
         matrix = (weight_N[start:end], np.arange(end - start), template_start[first : stop + 1] - start)
         sums = sparse.csr_matrix(matrix, shape=(stop - first, end - start)) @ rows
-        norm = np.sqrt(np.einsum("ij,ij->i", sums, sums))
-        norm[norm == 0] = 1
-        np.divide(sums, norm[:, None], out=feature_TD[first:stop])
+        scale_to_unit(sums, out=feature_TD[first:stop])
 
     bounds = _blocks(template_start, _ROWS_PER_BLOCK)
     with ThreadPoolExecutor(threads_of_rank()) as threads:
@@ -78,7 +78,7 @@ def pool_templates(
     finite_T = np.isfinite(feature_TD.sum(1))
     if not finite_T.all():
         bad = template_T[~finite_T]
-        raise ValueError(
+        raise UserError(
             f"template {bad[0]} ({len(bad)} of {len(template_T)}) holds NaN or infinity; check its embeddings"
         )
     return template_T, feature_TD
@@ -91,14 +91,14 @@ def score_pairs(template_T: np.ndarray, feature_TD: np.ndarray, left_P: np.ndarr
     product computes the rectangle and the pairs are picked from it; otherwise the rows are gathered block by block.
 
     Raises:
-        ValueError: lengths differ, ids are not unique, or a pair names a template that is not there.
+        UserError: lengths differ, ids are not unique, or a pair names a template that is not there.
     """
     left_P, right_P = np.asarray(left_P), np.asarray(right_P)
     if left_P.shape != right_P.shape or left_P.ndim != 1:
-        raise ValueError(f"{left_P.shape} left and {right_P.shape} right template ids; each pair needs one of both")
+        raise UserError(f"{left_P.shape} left and {right_P.shape} right template ids; each pair needs one of both")
     feature_TD = np.asarray(feature_TD, np.float64)
     if feature_TD.ndim != 2 or len(feature_TD) != len(template_T):
-        raise ValueError(f"{len(template_T)} template ids for features of shape {feature_TD.shape}")
+        raise UserError(f"{len(template_T)} template ids for features of shape {feature_TD.shape}")
     find = _RowFinder(template_T)
     (left_P, left_T), (right_P, right_T) = find(left_P), find(right_P)
     if len(left_P) >= _RECTANGLE_PAIRS and left_T.sum() * right_T.sum() <= 16 * len(left_P):
@@ -140,7 +140,7 @@ class _RowFinder:
         self.order_T = np.argsort(template_T, kind="stable").astype(np.int32)
         self.sorted_T = template_T[self.order_T]
         if len(template_T) == 0 or (self.sorted_T[1:] == self.sorted_T[:-1]).any():
-            raise ValueError(f"{len(template_T)} template ids are empty or not unique; pool the templates first")
+            raise UserError(f"{len(template_T)} template ids are empty or not unique; pool the templates first")
         self.table = None
         largest = self.sorted_T[-1]
         if template_T.dtype.kind in "iu" and self.sorted_T[0] >= 0 and largest < 8 * len(template_T) + (1 << 22):
@@ -172,7 +172,7 @@ class _RowFinder:
             row_P = np.where(self.sorted_T[place_P] == id_P, self.order_T[place_P], np.int32(-1))
         if row_P.min() < 0:
             pair = int(np.flatnonzero(row_P < 0)[0])
-            raise ValueError(f"pair {first + pair} names template {asked_P[pair]}, which has no image")
+            raise UserError(f"pair {first + pair} names template {asked_P[pair]}, which has no image")
         return row_P
 
 

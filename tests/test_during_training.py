@@ -1,5 +1,9 @@
 """eval/during_training.py: what a training run judges itself by."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -33,3 +37,11 @@ def test_missing_and_damaged_sets_end_the_run_at_its_start(tmp_path):
         Verification(tmp_path, ("a", "b"), batch_size=8, input_size=32)
     with pytest.raises(UserError, match=r"bad\.bin"):
         Verification(tmp_path, ("bad",), batch_size=8, input_size=32)
+
+
+def test_training_loads_no_plotting_library():
+    """A run judges itself on hundreds of ranks; pictures belong to the scripts."""
+    code = "import eval.during_training, sys; print([m for m in ('matplotlib', 'prettytable') if m in sys.modules])"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -12,9 +12,10 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from eval import features, ijb
-from eval.ijb import ALL_SETTINGS, Setting, evaluate_templates, identify, main
+from eval.ijb import main
 from eval.metrics import FARS
 from eval.protocols import read_csv_protocol, read_ijb, read_pairs
+from eval.tables import ALL_SETTINGS, Setting, evaluate_templates, identify
 from tests.eval_data import ProjectionEmbedder, write_ijb
 from tests.ranks import run_ranks
 from utils.errors import UserError

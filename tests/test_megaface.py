@@ -5,8 +5,14 @@ import json
 import numpy as np
 import pytest
 
-import eval.megaface as megaface
-from eval.megaface import identify_among_distractors, load_features, main, read_megaface_vector, write_megaface_vector
+import eval.distractors as distractors
+from eval.distractors import (
+    identify_among_distractors,
+    load_features,
+    read_megaface_vector,
+    write_megaface_vector,
+)
+from eval.megaface import main
 from utils.errors import UserError
 
 
@@ -20,7 +26,7 @@ def problem(seed=0, num_distractors=700):
 
 @pytest.mark.parametrize("block", [45 * 13, 1 << 22])
 def test_equal_to_brute_force(monkeypatch, block):
-    monkeypatch.setattr(megaface, "_SCORES_PER_BLOCK", block)
+    monkeypatch.setattr(distractors, "_SCORES_PER_BLOCK", block)
     probe, subject, distractor = problem()
     got = identify_among_distractors(probe, subject, distractor, (10, 100, 650, 10**6), (1e-6, 1e-3, 1e-2))
     unit, other = (x / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True) for x in (probe, distractor))

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from eval.plots import draw_errors, draw_histogram, draw_roc
-from eval.report import main, write_csv, write_json, write_report
+from eval.report import main
+from eval.results import write_report
+from utils.files import write_csv, write_json
 
 
 def result(label, accuracy, extra_set=False):

@@ -15,8 +15,9 @@ from PIL import Image
 from eval import verification
 from eval.bins import save_bin
 from eval.metrics import verification_metrics
+from eval.pairs import load_sets, verify
 from eval.protocols import read_pair_list
-from eval.verification import load_sets, main, verify
+from eval.verification import main
 from tests.eval_data import ProjectionEmbedder, faces, pairs_of
 from tests.ranks import run_ranks
 from utils.errors import UserError
@@ -250,15 +251,16 @@ def test_a_layer_keeps_its_mode_and_its_buffers(monkeypatch):
     net = TinyNet()
     net.train()
     net.fc.eval()
-    before = [buffer.numpy().copy() for buffer in net.buffers()]
+    before = [value.numpy().copy() for value in net.state_dict().values()]
+    assert len(before) == 8  # running statistics among them
     images, person = faces(3, 4)
     index, same = pairs_of(person, 10)
     first = verify(net, {"a": (images[index], same)}, batch_size=4)["a"]
     assert net.training
     assert net.norm.training
     assert not net.fc.training
-    for buffer, value in zip(net.buffers(), before, strict=True):
-        np.testing.assert_array_equal(buffer.numpy(), value)
+    for now, value in zip(net.state_dict().values(), before, strict=True):
+        np.testing.assert_array_equal(now.numpy(), value)
     other = verify(net, {"a": (images[index], same)}, batch_size=9)["a"]
     np.testing.assert_allclose(first.distance_P, other.distance_P, atol=1e-5)
 
@@ -269,16 +271,16 @@ import numpy as np
 import paddle
 from tests.eval_data import faces, pairs_of
 from tests.test_verification import TinyNet
-from eval.verification import verify
+from eval.pairs import verify
 from utils import distributed
 
 distributed.init("cpu")
 paddle.seed(0)
 net = TinyNet()
-# Every rank has statistics of its own, as after training without synchronised batch norm (trap 61).
-for buffer in net.buffers():
-    buffer.set_value(buffer * (1 + distributed.get_rank()) + 0.25 * distributed.get_rank())
-own = [buffer.numpy() for buffer in net.buffers()]
+for value in (net.norm._mean, net.norm._variance):  # running statistics, which Paddle keeps as frozen parameters
+    value.set_value(value * 2 + 0.25)
+own = [value.numpy() for value in net.state_dict().values()]
+assert len(own) == 8
 images, person = faces(5, 5, noise=120)
 sets = {}
 for name, num_pairs in (("few", 2), ("odd", 37)):
@@ -286,7 +288,7 @@ for name, num_pairs in (("few", 2), ("odd", 37)):
     sets[name] = (images[index], same)
 for name, result in verify(net, sets, batch_size=8).items():
     print("RESULT", name, result.metrics, result.no_flip.accuracy, result.xnorm, result.distance_P.tobytes().hex())
-assert all((buffer.numpy() == value).all() for buffer, value in zip(net.buffers(), own))
+assert all((now.numpy() == value).all() for now, value in zip(net.state_dict().values(), own))
 """
 
 
@@ -305,7 +307,7 @@ def test_the_same_numbers_on_one_two_and_three_ranks():
 
 FAILING = """
 from tests.eval_data import ProjectionEmbedder, faces, pairs_of
-from eval.verification import verify
+from eval.pairs import verify
 from utils import distributed
 from utils.errors import one_line_errors
 

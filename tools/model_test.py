@@ -18,7 +18,7 @@ from prettytable import PrettyTable
 from eval.bins import load_bin
 from eval.embed import load_embedder
 from eval.engines import ENGINES
-from eval.verification import KNOWN_SETS, result_row, result_table, verify
+from eval.pairs import KNOWN_SETS, result_row, result_table, verify
 from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import write_text

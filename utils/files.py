@@ -1,18 +1,25 @@
 """Files that appear whole or not at all, and digests of what they hold."""
 
 import contextlib
+import csv
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Gives a path beside ``path`` to write to; it takes the name when the block ends, or is removed if it fails."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # The suffix stays last, because some writers choose by it (or add it); the token tells processes of two machines
+    # or containers apart, which may have one number.
+    aside = path.with_name(f".{os.getpid()}_{secrets.token_hex(4)}_{path.name}")
     try:
         yield aside
         aside.replace(path)
@@ -29,8 +36,32 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """``write_text`` of JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """``write_text`` of JSON; NaN and infinity, which JSON lacks, become null, paths become text."""
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping]) -> None:
+    """Replace a table in one piece: one line a row; the columns are those of the first row."""
+    with written_whole(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Replace a ``.npy`` file in one piece."""
+    with written_whole(path) as aside, open(aside, "wb") as file:
+        np.save(file, array)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,3 +82,59 @@ def file_digest(path: str | Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def describe_file(path: str | Path) -> str:
+    """What a file really is, by its first bytes (``describe_bytes``); for messages about files of the wrong kind."""
+    with open(path, "rb") as file:
+        return describe_bytes(file.read(1024))
+
+
+def describe_bytes(head: bytes) -> str:
+    """What a file that begins like this is, and what to do where that is known; "of no known kind" otherwise."""
+    if not head:
+        return "an empty file; fetch or copy it again"
+    for start, kind in _STARTS:
+        if head.startswith(start):
+            return kind
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    for start, kind in _TEXT_STARTS:
+        if text.startswith(start):
+            return kind
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    if not head.strip(b"\0"):
+        return "a file of zeros (a download or copy that was cut); fetch it again"
+    try:
+        shown = head[:40].decode("ascii")
+    except UnicodeDecodeError:
+        return f"of no known kind (it starts with {head[:4].hex()})"
+    return f"a text file that starts with {shown!r}"
+
+
+_TEXT_STARTS = (
+    (b"version https://git-lfs", "a git-LFS pointer, not the file itself; run 'git lfs pull' there"),
+    (b"/annex/objects/", "a git-annex pointer, not the file itself; run 'git annex get' there"),
+    (b"<!doctype html", "an HTML page (a download that was answered by a web page); fetch it again"),
+    (b"<html", "an HTML page (a download that was answered by a web page); fetch it again"),
+    (b"<?xml", "an XML page (a download that was answered by an error); fetch it again"),
+)
+_STARTS = (
+    (b"\x1f\x8b", "gzip data; unpack it first (gunzip, or tar -xzf)"),
+    (b"BZh", "bzip2 data; unpack it first (bunzip2, or tar -xjf)"),
+    (b"\xfd7zXZ\0", "xz data; unpack it first (unxz, or tar -xJf)"),
+    (b"\x28\xb5\x2f\xfd", "zstandard data; unpack it first (unzstd)"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"Rar!", "a rar archive; unpack it first"),
+    (b"PK\x03\x04", "a zip archive (new PyTorch files and .npz are such, too)"),
+    (b"\x93NUMPY", "a numpy array (.npy)"),
+    (b"\x89HDF\r\n", "an HDF5 file"),
+    (b"\x89PNG\r\n", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"%PDF", "a PDF document"),
+    (b"\x0a\x23\xd7\xce", "a RecordIO file (.rec)"),
+    (b"\x80\x02", "a pickle"),
+    (b"\x80\x03", "a pickle"),
+    (b"\x80\x04", "a pickle"),
+    (b"\x80\x05", "a pickle"),
+)

@@ -1,0 +1,179 @@
+"""Pair verification: what ``eval/verification.py``, the tools and a training run's own verification share.
+
+Legend: P pairs, N = 2P images (2i and 2i+1 are pair i), D embedding size, W ranks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from eval.bins import load_bin
+from eval.embed import Embedder, load_embedder
+from eval.metrics import VerificationMetrics, accuracy_at, distance_metrics, pair_distances
+from utils import distributed
+from utils.decode import fit_image
+from utils.errors import UserError
+from utils.progress import progress_bar
+
+KNOWN_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw", "vgg2_fp", "cfp_ff")
+Pairs = tuple[np.ndarray, np.ndarray]  # images uint8 [2P, H, W, 3] RGB, same bool [P]
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """One set. ``metrics`` is with flip (embedding plus that of the mirror image); ``no_flip`` is without.
+
+    ``xnorm`` is the mean norm of the raw embeddings over both passes; ``distance_P`` are squared L2 distances.
+    """
+
+    name: str
+    metrics: VerificationMetrics
+    no_flip: VerificationMetrics
+    xnorm: float
+    distance_P: np.ndarray = field(repr=False, compare=False)
+    same_P: np.ndarray = field(repr=False, compare=False)
+
+
+def verify(
+    model: object,
+    sets: Mapping[str, Pairs],
+    batch_size: int = 64,
+    num_folds: int = 10,
+    far_target: float = 1e-3,
+    show_progress: bool = False,
+) -> dict[str, SetResult]:
+    """Judge a model on verification sets; every rank enters and gets the same result, whatever their number.
+
+    Batches are cut from the set alone, then dealt to the ranks, so that no embedding depends on W. A layer must hold
+    the same weights and running statistics on all ranks (training keeps them equal: ``utils.model.replica``).
+
+    Args:
+        model: an ``Embedder``, or a Paddle layer (its train/eval mode is kept).
+        sets: name -> (images, same); images of another size are resized to the network's input.
+
+    Raises:
+        UserError: a set that cannot be judged, named, on every rank.
+    """
+    embedder = load_embedder(model, batch_size=batch_size) if isinstance(model, paddle.nn.Layer) else model
+    results = {}
+    for name, (image_NHWC, same_P) in sets.items():
+        embedding_N2D = _embed(embedder, image_NHWC, batch_size, name, show_progress)
+        try:
+            results[name] = _judge(name, embedding_N2D, same_P, num_folds, far_target)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+    return results
+
+
+def load_sets(
+    data_dir: Path, targets: list[str] | None = None, allow_missing: bool = False, size: int = 112
+) -> dict[str, Pairs]:
+    """``<data_dir>/<name>.bin`` of each target, images brought to ``size`` x ``size``.
+
+    Without targets, whichever of the known sets are there.
+
+    Raises:
+        UserError: sets that were asked for are missing (all are named), or there is none at all.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such folder; --data-dir must hold the .bin sets")
+    missing = [name for name in targets or () if not (data_dir / f"{name}.bin").is_file()]
+    if missing and not allow_missing:
+        raise UserError(
+            f"{data_dir}: {', '.join(f'{n}.bin' for n in missing)} missing; get them, or pass --allow-missing"
+        )
+    names = [name for name in targets or KNOWN_SETS if (data_dir / f"{name}.bin").is_file()]
+    if not names:
+        raise UserError(
+            f"{data_dir}: none of {', '.join(f'{n}.bin' for n in targets or KNOWN_SETS)} is there; use --target"
+        )
+    return {name: load_bin(data_dir / f"{name}.bin", (size, size)) for name in names}
+
+
+def _embed(embedder: Embedder, image_NHWC: np.ndarray, batch_size: int, name: str, show: bool) -> np.ndarray:
+    """Raw embeddings of the images and of their mirror images, [N, 2, D] float32, complete on every rank."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    num_images, num_batches = len(image_NHWC), -(-len(image_NHWC) // batch_size)
+    rounds = -(-num_batches // world_size)
+    local = np.zeros((rounds, batch_size, 2, embedder.embedding_size), np.float32)
+    with distributed.together(), progress_bar(name, num_images, enabled=show and rank == 0) as advance:
+        for index in range(rank, num_batches, world_size):
+            start = index * batch_size
+            batch = _resized(image_NHWC[start : start + batch_size], embedder.input_size)
+            for mirrored in (0, 1):
+                local[index // world_size, : len(batch), mirrored] = embedder(batch, flip=bool(mirrored))
+            advance(min(len(batch) * world_size, num_images - start))
+    if world_size > 1:
+        gathered = distributed.all_gather_rows(paddle.to_tensor(local)).numpy()
+        local = gathered.reshape(world_size, *local.shape).swapaxes(0, 1)
+    return local.reshape(-1, 2, embedder.embedding_size)[:num_images]
+
+
+def _judge(name, embedding_N2D, same_P, num_folds, far_target):
+    both = embedding_N2D.astype(np.float64)
+    distance_P = pair_distances(both.sum(1))
+    return SetResult(
+        name=name,
+        metrics=distance_metrics(distance_P, same_P, num_folds, far_target),
+        no_flip=distance_metrics(pair_distances(both[:, 0]), same_P, num_folds, far_target),
+        xnorm=float(np.sqrt(np.square(both).sum(2)).mean()),
+        distance_P=distance_P,
+        same_P=np.asarray(same_P).astype(bool),
+    )
+
+
+def _resized(image_NHWC: np.ndarray, size: int) -> np.ndarray:
+    if image_NHWC.shape[1:3] == (size, size):
+        return image_NHWC
+    return np.stack([fit_image(image, (size, size), "stretch") for image in image_NHWC])
+
+
+def result_row(result: SetResult, threshold: float | None = None) -> dict:
+    """The figures of one set by name, as JSON, CSV and table have them."""
+    metrics = result.metrics
+    row = {
+        "set": result.name,
+        "pairs": len(result.same_P),
+        "accuracy": result.no_flip.accuracy,
+        "accuracy_std": result.no_flip.accuracy_std,
+        "accuracy_flip": metrics.accuracy,
+        "accuracy_flip_std": metrics.accuracy_std,
+        "val": metrics.val,
+        "val_std": metrics.val_std,
+        "far": metrics.far,
+        "xnorm": result.xnorm,
+        "auc": metrics.auc,
+        "eer": metrics.eer,
+        "threshold": metrics.threshold,
+        "folds": metrics.num_folds,
+    }
+    if threshold is not None:
+        row |= {
+            "fixed_threshold": threshold,
+            "fixed_accuracy": accuracy_at(result.distance_P, result.same_P, threshold),
+        }
+    return row
+
+
+def result_table(rows: list[dict], far_target: float) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the printed table."""
+    head = ["Set", "Pairs", "Accuracy", "Accuracy-Flip", f"VAL@FAR={far_target:g}", "XNorm", "AUC", "EER", "Threshold"]
+    fixed = "fixed_accuracy" in rows[0]
+    body = [
+        [
+            row["set"],
+            f"{row['pairs']}",
+            "{accuracy:1.5f}+-{accuracy_std:1.5f}".format(**row),
+            "{accuracy_flip:1.5f}+-{accuracy_flip_std:1.5f}".format(**row),
+            "{val:1.5f}+-{val_std:1.5f} @ {far:1.5f}".format(**row),
+            *(f"{row[key]:.5f}" for key in ("xnorm", "auc", "eer")),
+            f"{row['threshold']:.2f}",
+            *([f"{row['fixed_accuracy']:1.5f}"] if fixed else []),
+        ]
+        for row in rows
+    ]
+    return head + ([f"Accuracy at {rows[0]['fixed_threshold']:g}"] if fixed else []), body

@@ -1,0 +1,313 @@
+"""Result folders of the evaluations: figures as JSON and CSV, pictures, and a page of one or several of them.
+
+A result folder is what ``eval/verification.py``, ``eval/ijb.py`` or ``eval/megaface.py`` wrote: ``<kind>.json`` and
+what it names. On a page several runs stand side by side: one column each in every table, one line each in every ROC
+picture.
+
+Legend: P pairs, N images.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from eval.distractors import DistractorResult
+from eval.features import aligned_image
+from eval.metrics import roc_at
+from eval.pages import Page
+from eval.pairs import Pairs, SetResult, result_row, result_table
+from eval.plots import draw_errors, draw_histogram, draw_roc
+from eval.protocols import TemplateProtocol
+from eval.tables import (
+    Identification,
+    Tables,
+    TemplateResult,
+    identification_table,
+    published_table,
+    strict_table,
+)
+from utils.errors import UserError
+from utils.files import write_array, write_csv, write_json, written_whole
+
+KINDS = {
+    "verification": "Verification",
+    "ijb": "Templates (1:1 and 1:N)",
+    "megaface": "Identification with distractors",
+}
+TEMPLATE_NOTES = (
+    "TAR@FAR: the ROC point nearest in FAR, as published tables have it; it may lie above the FAR asked for. Strict: "
+    "the lowest threshold whose FAR does not exceed it.",
+    "Closed set: share of mated probes found within the best k subjects. Open set: TPIR is the share of mated probes "
+    "accepted at rank 1, at the lowest threshold whose FPIR (share of non-mated probes with an accepted candidate) is "
+    "not above the one asked for.",
+    "All galleries together: the closed-set numbers of the reference script; its 'FAR' accepts as many impostor PAIRS "
+    "as the given share of the probes, which is neither a pair rate nor FPIR.",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One result file: a label that is unique on the page, its content, and the folder its pictures lie in."""
+
+    label: str
+    content: dict
+    folder: Path
+
+
+def write_pair_results(
+    folder: Path, results: dict[str, SetResult], sets: Mapping[str, Pairs], settings: dict
+) -> list[dict]:
+    """``verification.json``, ``.csv`` and pictures into ``folder``; returns the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [result_row(result, settings["threshold"]) for result in results.values()]
+    far_grid = np.logspace(-5, 0, 251)
+    roc, pictures = {}, []
+    for name, result in results.items():
+        cosine_P = 1 - result.distance_P / 2
+        threshold = result.metrics.threshold
+        if 0 < result.same_P.sum() < len(result.same_P):
+            shown = far_grid[far_grid >= 0.5 / np.count_nonzero(~result.same_P)]
+            roc[name] = {"far": shown.tolist(), "tar": roc_at(cosine_P, result.same_P, shown).tolist()}
+        draw_histogram(cosine_P, result.same_P, folder / f"{name}_histogram.png", name, 1 - threshold / 2)
+        draw_errors(
+            _worst_pairs(result, sets[name][0], settings["num_errors"]),
+            folder / f"{name}_errors.png",
+            f"{name}: most confident errors",
+        )
+        pictures += [
+            {"file": f"{name}_histogram.png", "title": f"{name}: score histogram"},
+            {"file": f"{name}_errors.png", "title": f"{name}: most confident errors"},
+        ]
+    draw_roc({name: (curve["far"], curve["tar"]) for name, curve in roc.items()}, folder / "roc.png", "Verification")
+    head, body = result_table(rows, settings["far"])
+    content = {
+        "kind": "verification",
+        "label": settings["label"],
+        "settings": settings,
+        "sets": {row["set"]: row for row in rows},
+        "tables": [{"title": "Sets", "head": head, "rows": body}],
+        "roc": roc,
+        "pictures": [{"file": "roc.png", "title": "ROC"}, *pictures],
+    }
+    write_json(folder / "verification.json", content)
+    write_csv(folder / "verification.csv", rows)
+    return rows
+
+
+def _worst_pairs(result: SetResult, image_NHWC: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray, str]]:
+    """The wrongly judged pairs furthest from the threshold, furthest first."""
+    threshold = result.metrics.threshold
+    wrong = np.flatnonzero((result.distance_P < threshold) != result.same_P)
+    order = wrong[np.argsort(-np.abs(result.distance_P[wrong] - threshold), kind="stable")][:count]
+    return [
+        (
+            image_NHWC[2 * pair],
+            image_NHWC[2 * pair + 1],
+            f"pair {pair}, {'same' if result.same_P[pair] else 'different'}, cos {1 - result.distance_P[pair] / 2:.2f}",
+        )
+        for pair in order
+    ]
+
+
+def write_template_results(
+    folder: Path,
+    protocol: TemplateProtocol,
+    result: TemplateResult,
+    every: Tables,
+    identification: list[Identification],
+    settings: dict,
+) -> None:
+    """``scores.npy``, ``ijb.json``, ``ijb.csv`` and pictures into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_array(folder / "scores.npy", result.score_P)
+    far_grid = np.logspace(-6, 0, 241)
+    far_grid = far_grid[far_grid >= 0.5 / np.count_nonzero(~protocol.same_P)]
+    curve = (far_grid.tolist(), roc_at(result.score_P, protocol.same_P, far_grid).tolist())
+    for suffix in ("pdf", "png"):
+        draw_roc({f"{settings['label']} {result.setting}": curve}, folder / f"roc.{suffix}", f"{protocol.name} 1:1")
+    draw_histogram(result.score_P, protocol.same_P, folder / "histogram.png", f"{protocol.name}: template scores")
+    pictures = [{"file": "roc.png", "title": "ROC"}, {"file": "histogram.png", "title": "Score histogram"}]
+    errors = _worst_templates(protocol, result, settings["num_errors"])
+    if errors is not None:
+        draw_errors(errors, folder / "errors.png", f"{protocol.name}: most alike impostors, least alike genuine pairs")
+        pictures.append({"file": "errors.png", "title": "Worst pairs (first image of each template)"})
+    tables = [
+        ("TAR@FAR (%), nearest point", published_table(protocol, every)),
+        ("Strict TAR@FAR", strict_table(result)),
+    ]
+    if identification:
+        tables.append(("Identification 1:N (%)", identification_table(identification)))
+    content = {
+        "kind": "ijb",
+        "label": settings["label"],
+        "settings": settings,
+        "tar_at_far": {key: [asdict(point) for point in table] for key, table in every.items()},
+        "identification": [asdict(row) for row in identification],
+        "tables": [
+            {"title": f"{protocol.name}: {title}", "head": head, "rows": body} for title, (head, body) in tables
+        ],
+        "roc": {f"{protocol.name} 1:1": {"far": curve[0], "tar": curve[1]}},
+        "pictures": pictures,
+        "notes": TEMPLATE_NOTES,
+    }
+    write_json(folder / "ijb.json", content)
+    write_csv(
+        folder / "ijb.csv", [{"setting": key, **asdict(point)} for key, table in every.items() for point in table]
+    )
+
+
+def _worst_templates(protocol: TemplateProtocol, result: TemplateResult, count: int):
+    """Half impostors that score highest, half genuine pairs that score lowest; None where images are not at hand."""
+    first = {int(template): index for index, template in reversed(list(enumerate(protocol.template_N)))}
+    chosen = []
+    for same, sign, share in ((False, -1, count - count // 2), (True, 1, count // 2)):
+        pairs = np.flatnonzero(protocol.same_P == same)
+        share = min(share, len(pairs))
+        part = np.argpartition(sign * result.score_P[pairs], share - 1)[:share] if share else np.empty(0, np.int64)
+        chosen += sorted(pairs[part].tolist(), key=lambda pair: (sign * result.score_P[pair], pair))
+    cells = []
+    for pair in chosen:
+        ids = [int(side[pair]) for side in (protocol.left_P, protocol.right_P)]
+        if not all((protocol.image_dir / protocol.image_N[first[template]]).is_file() for template in ids):
+            return None
+        kind = "same" if protocol.same_P[pair] else "different"
+        images = [aligned_image(protocol, first[template], 112) for template in ids]
+        cells.append((*images, f"{ids[0]}, {ids[1]}: {kind}, {result.score_P[pair]:.2f}"))
+    return cells
+
+
+def write_distractor_results(folder: Path, result: DistractorResult, settings: dict) -> list[dict]:
+    """``megaface.json``, ``.csv`` and the ROC picture into ``folder``; returns the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = list(zip(result.sizes, result.rank_1, result.rank_10, strict=True))
+    rank_rows = [[f"{size:,}", f"{100 * one:.2f}", f"{100 * ten:.2f}"] for size, one, ten in found]
+    tar_rows = [[f"{far:g}", f"{100 * tar:.2f}"] for far, tar in zip(result.fars, result.tar, strict=True)]
+    tables = [
+        {"title": "Identification (%)", "head": ["Distractors", "Rank-1", "Rank-10"], "rows": rank_rows},
+        {"title": "Verification (%)", "head": ["FAR", "strict TAR"], "rows": tar_rows},
+    ]
+    curve = {"far": list(result.fars), "tar": list(result.tar)}
+    with written_whole(folder / "roc.png") as aside:
+        draw_roc({settings["label"]: (curve["far"], curve["tar"])}, aside, "Probes against distractors")
+    content = {
+        "kind": "megaface",
+        "label": settings["label"],
+        "settings": settings,
+        "figures": asdict(result),
+        "tables": tables,
+        "roc": {"distractors": curve},
+        "pictures": [],
+    }
+    write_json(folder / "megaface.json", content)
+    rows = [
+        {"distractors": size, "rank_1": row[1], "rank_10": row[2]}
+        for size, row in zip(result.sizes, rank_rows, strict=True)
+    ]
+    write_csv(folder / "megaface.csv", rows)
+    return tables
+
+
+def load_results(folders: Sequence[Path]) -> list[Result]:
+    """Every result file of the folders (or the files themselves), in order."""
+    results = []
+    for folder in map(Path, folders):
+        files = [folder] if folder.is_file() else [folder / f"{kind}.json" for kind in KINDS]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise UserError(
+                f"{folder}: no {', '.join(f'{kind}.json' for kind in KINDS)}; give a --result-dir of an evaluation"
+            )
+        for file in files:
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                kind, label = content["kind"], content["label"]
+                if kind not in KINDS:
+                    raise UserError(f"{file}: kind {kind!r} is not one of {', '.join(KINDS)}")
+                content["settings"], [(table["title"], table["head"], table["rows"]) for table in content["tables"]]
+            except UserError:
+                raise
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{file}: not a result of our evaluations ({error!r})") from None
+            results.append(
+                Result(_unique(label, [r.label for r in results if r.content["kind"] == kind]), content, file.parent)
+            )
+    return results
+
+
+def write_report(path: Path, folders: Sequence[Path]) -> None:
+    """Write the page for the result folders; it opens without a network."""
+    results = load_results(folders)
+    page = Page("Face recognition evaluation")
+    page.text(f"Runs: {', '.join(dict.fromkeys(result.label for result in results))}.")
+    for kind, title in KINDS.items():
+        chosen = [result for result in results if result.content["kind"] == kind]
+        if chosen:
+            page.heading(title)
+            for table_title, head, rows in _side_by_side(chosen):
+                page.heading(table_title, 3)
+                page.table(head, rows)
+            _add_roc_pictures(page, chosen)
+    for result in results:
+        page.heading(f"{result.label}: {KINDS[result.content['kind']]}")
+        warnings = result.content.get("warnings", [])
+        if warnings:
+            page.heading("Warnings", 3)
+            page.points(warnings)
+        for picture in result.content.get("pictures", []):
+            file = result.folder / picture["file"]
+            if file.is_file():
+                page.picture(file, picture["title"])
+        page.points(result.content.get("notes", []))
+        page.heading("Run configuration", 3)
+        page.code(json.dumps(result.content["settings"], indent=2))
+    page.write(path)
+
+
+def _side_by_side(results: Sequence[Result]):
+    """(title, head, rows) of every table: rows of all runs merged by name, one column a run and value."""
+    titles = dict.fromkeys(table["title"] for result in results for table in result.content["tables"])
+    for title in titles:
+        tables = [
+            (result.label, table) for result in results for table in result.content["tables"] if table["title"] == title
+        ]
+        names = dict.fromkeys(row[0] for _, table in tables for row in table["rows"])
+        if len(tables) == 1:
+            yield title, tables[0][1]["head"], tables[0][1]["rows"]
+            continue
+        # Value by value, the runs next to each other: that is what a reader compares.
+        columns = dict.fromkeys(column for _, table in tables for column in table["head"][1:])
+        head = [tables[0][1]["head"][0]] + [f"{column}: {label}" for column in columns for label, _ in tables]
+        lookup = {
+            (label, row[0], column): value
+            for label, table in tables
+            for row in table["rows"]
+            for column, value in zip(table["head"][1:], row[1:], strict=True)
+        }
+        yield (
+            title,
+            head,
+            [[n] + [lookup.get((label, n, c), "") for c in columns for label, _ in tables] for n in names],
+        )
+
+
+def _add_roc_pictures(page: Page, results: Sequence[Result]) -> None:
+    names = dict.fromkeys(name for result in results for name in result.content.get("roc", {}))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            curves = {
+                r.label: (r.content["roc"][name]["far"], r.content["roc"][name]["tar"])
+                for r in results
+                if name in r.content.get("roc", {})
+            }
+            path = Path(folder) / "roc.png"
+            draw_roc(curves, path, name)
+            page.picture(path, f"ROC, {name}")
+
+
+def _unique(label: str, taken: Sequence[str]) -> str:
+    names = [label] + [f"{label} ({k})" for k in range(2, len(taken) + 2)]
+    return next(name for name in names if name not in taken)
