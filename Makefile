@@ -60,7 +60,7 @@ test-slow: setup ## large networks and long runs
 soak: setup ## kill random ranks at random moments, fifty times
 	$(PY) tools/soak.py --kills 50
 
-gpu-check: ## for a machine with GPUs: parity, precision, memory, throughput as one JSON
+gpu-check: ## for a machine with GPUs: right, how fast, how much memory; one JSON in 20 minutes
 	$(PYTHON) tools/gpu_check.py
 
 # What GPU users get from pip, in an environment of its own: 0.8 GB, no GPU needed.
