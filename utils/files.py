@@ -40,10 +40,10 @@ def write_json(path: str | Path, value: object) -> None:
     write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 
-def write_csv(path: str | Path, rows: Sequence[Mapping]) -> None:
-    """Replace a table in one piece: one line a row; the columns are those of the first row."""
+def write_csv(path: str | Path, rows: Sequence[Mapping], columns: Sequence[str] | None = None) -> None:
+    """Replace a table in one piece: one line a row; the columns are those of the first row unless they are named."""
     with written_whole(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0] if columns is None else columns))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -1,0 +1,1 @@
+"""The parts of ``tools/clean.py``: reading once, statistics, the passes over the embeddings, what is written."""

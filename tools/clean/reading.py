@@ -1,0 +1,142 @@
+"""One reading of a data set: embeddings, labels, digests of the pixels and thumbnails, all kept on disk.
+
+Legend: N images, D embedding size.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dataset import Source
+from eval.embed import Embedder
+from eval.stream import digest, embed_to_file
+from utils import distributed
+from utils.decode import fit_image
+from utils.errors import UserError
+from utils.system import threads_of_rank
+
+THUMBNAIL = 16  # pixels a side
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one reading leaves: all arrays are memory maps.
+
+    Attributes:
+        feature_ND: float32, embedding plus that of the mirror image, not normalised.
+        label_N: int64.
+        pixels_N: uint64 digest of the decoded image.
+        thumbnail_NP: uint8 [N, 256], grey.
+    """
+
+    feature_ND: np.ndarray
+    label_N: np.ndarray
+    pixels_N: np.ndarray
+    thumbnail_NP: np.ndarray
+
+
+class NetworkImages:
+    """Images at the network's size. Square ones are scaled; others only where ``resize`` allows to stretch them.
+
+    Args:
+        get: i -> uint8 RGB [H, W, 3].
+        count: how many.
+        size: side in pixels.
+        name_of: what to call image i.
+        resize: stretch images that are not square.
+        keep: called with (i, the image as it was read).
+    """
+
+    def __init__(self, get: Callable[[int], np.ndarray], count: int, size: int, name_of: Callable[[int], str],
+                 resize: bool = False, keep: Callable[[int, np.ndarray], None] | None = None):  # fmt: skip
+        self._get, self._count, self.size, self.name_of = get, count, size, name_of
+        self._resize, self._keep = resize, keep
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        image = self._get(i)
+        if self._keep is not None:
+            self._keep(i, image)
+        height, width = image.shape[:2]
+        if height != width and not self._resize:
+            raise UserError(f"{self.name_of(i)}: {width}x{height} pixels; square aligned crops were expected, give "
+                            "--resize to stretch others")  # fmt: skip
+        return fit_image(image, (self.size, self.size), "stretch")
+
+
+def pixel_digest(image: np.ndarray) -> int:
+    """64 bits of a decoded image: equal for equal pixels, whatever the file."""
+    state = hashlib.blake2b(str(image.shape).encode(), digest_size=8)
+    state.update(np.ascontiguousarray(image))
+    return int.from_bytes(state.digest(), "little")
+
+
+def thumbnail(image: np.ndarray) -> np.ndarray:
+    """Grey, 16 x 16, as one row of uint8."""
+    small = cv2.resize(image, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).reshape(-1)
+
+
+def source_stamp(source: Source, root: str | Path) -> str:
+    """Tells whether a data set on disk is still the one that was read: its files, sizes and times."""
+    rec_path = getattr(source, "rec_path", None)
+    if rec_path is not None:
+        stat = Path(rec_path).stat()
+        parts: Sequence[object] = [Path(rec_path).resolve(), stat.st_size, stat.st_mtime_ns]
+    else:
+        stat = Path(root).stat() if Path(root).exists() else None
+        parts = [root, stat and stat.st_mtime_ns, *map(source.describe, range(len(source)))]
+    return digest([*parts, len(source)])
+
+
+def read_source(source: Source, root: str | Path, embedder: Embedder, folder: Path, resize: bool = False) -> Reading:
+    """Embed every image into ``folder``; what is there already from the same data set and weights is used again.
+
+    Every rank enters. An interrupted reading goes on where it stopped.
+
+    Raises:
+        UserError: a damaged image, a negative label, an embedding that is not finite.
+    """
+    stamp = source_stamp(source, root)
+    folder = folder / digest([stamp, embedder.identity, embedder.embedding_size, resize])
+    num_images = len(source)
+    files = {"label": (np.int64, ()), "pixels": (np.uint64, ()), "thumbnail": (np.uint8, (THUMBNAIL**2,))}
+    features = folder / "features.npy"
+    with distributed.together():
+        if distributed.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, (kind, shape) in files.items():
+                path = folder / f"{name}.npy"
+                if not path.is_file():
+                    array = np.lib.format.open_memmap(path, "w+", kind, (num_images, *shape))
+                    array[...] = -1 if kind is np.int64 else 0
+                    array.flush()
+    label_N, pixels_N, thumbnail_NP = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in files)
+
+    def get(i: int) -> np.ndarray:
+        image, label = source[i]
+        if label < 0:
+            raise UserError(f"{source.describe(i)}: label {label}; class numbers 0, 1, ... were expected")
+        label_N[i] = label
+        return image
+
+    def keep(i: int, image: np.ndarray) -> None:
+        pixels_N[i], thumbnail_NP[i] = pixel_digest(image), thumbnail(image)
+
+    if not features.is_file():
+        images = NetworkImages(get, num_images, embedder.input_size, source.describe, resize, keep)
+        embed_to_file(embedder, images, features, flip="add", key=stamp, num_threads=max(2, threads_of_rank()),
+                      name_of=source.describe)  # fmt: skip
+        distributed.barrier()
+        if distributed.get_rank() == 0:
+            for i in np.flatnonzero(label_N < 0).tolist():  # lost in a crash of the machine after the embedding
+                keep(i, get(i))
+            for array in (label_N, pixels_N, thumbnail_NP):
+                array.flush()
+    return Reading(np.load(features, mmap_mode="r"), label_N, pixels_N, thumbnail_NP)
