@@ -31,7 +31,10 @@ from utils.images import find_image_files
 from utils.photos.faces import read_image
 
 _BEST = 8  # parts looked at for each test person
-_FEWEST_GROUPS = 5  # test people of a size, from which on they have a say in the threshold
+_FEWEST_GROUPS = 5  # people from whom the test set's own typical agreement is measured
+_PRIOR_PEOPLE = 10  # the data set's thresholds count as much as those of so many test people
+_MOST_HALVES = 8000
+_DRAWS = 4  # random halves of a test person, for each size
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def embed_test_set(test: TestSet, embedder: Embedder, folder: Path, resize: bool
     Raises:
         UserError: a test image that cannot be read or embedded.
     """
-    stem = digest([test.stamp, embedder.identity, embedder.embedding_size, resize])
+    stem = digest([test.stamp, len(test.names_M), embedder.identity, embedder.embedding_size, resize])
     features, pixels = folder / f"{stem}.npy", folder / f"{stem}.pixels.npy"
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{test.name}: image {image}" for image, *_ in test.names_M]
@@ -230,9 +233,9 @@ def _compare(test_rows: Rows, findings: Findings, rule: Rule, rng: np.random.Gen
     typical = max(float(np.median(agreement_U)), 1e-3) if len(agreement_U) >= _FEWEST_GROUPS else findings.typical
     values: dict[int, list[float]] = {size: [] for size in SIZES}
     for _, _, unit_nD in test_rows.identity_blocks():
-        if len(unit_nD) > 1 and len(values[1]) < 8000:
+        if len(unit_nD) > 1 and len(values[1]) < _MOST_HALVES:
             for size in (size for size in SIZES if len(unit_nD) >= 2 * size):
-                values[size] += [halves(unit_nD, size, typical, rng) for _ in range(4)]
+                values[size] += [halves(unit_nD, size, typical, rng) for _ in range(_DRAWS)]
     direction_UD = directions(sum_UD, count_U, typical)
     direction_KD = directions(findings.centre_sum_KD, findings.count_K, findings.typical)
     num_parts = len(direction_KD)
@@ -247,13 +250,18 @@ def _compare(test_rows: Rows, findings: Findings, rule: Rule, rng: np.random.Gen
         best_UM[first : first + len(score)] = best
         close_UM[first : first + len(score)] = np.take_along_axis(score, best, 1)
     falls_to = dict(findings.falls_to)
-    for size, found in values.items():
-        if len(found) >= 4 * _FEWEST_GROUPS:  # the test people may be harder for the network than its own
-            falls_to[size] = min(falls_to.get(size, np.inf), rule.own_falls_to(np.array(found)))
-    nearest = close_UM.max(1)
-    nearest = nearest[np.isfinite(nearest)]
-    reach = rule.fence(nearest, 1) if len(nearest) else np.inf
+    for size, found in values.items():  # the test people may be harder for the network than its own
+        share = len(found) / (len(found) + _DRAWS * _PRIOR_PEOPLE)
+        low = rule.own_falls_to(np.array(found)) if found else np.inf
+        if low < falls_to.get(size, np.inf):
+            falls_to[size] = (1 - share) * falls_to.get(size, low) + share * low
+    # The closest identity may be the person; the second closest is not, so that it tells how far others reach.
+    second = np.partition(close_UM, -2, axis=1)[:, -2] if most > 1 else np.empty(0)
+    second = second[np.isfinite(second)]
+    reach = rule.fence(second, 1) if len(second) else np.inf
     thresholds = {size: halfway(reach, low) for size, low in falls_to.items()}
+    if 1 in thresholds:  # a single image is weak evidence, and there are many of them: in doubt it is another person
+        thresholds[1] = max(thresholds[1], reach)
     smaller_UM = np.minimum(count_U[:, None], findings.count_K[best_UM])
     person, column = np.nonzero(close_UM > threshold_at(thresholds, smaller_UM))
     return person, close_UM[person, column], best_UM[person, column]

@@ -292,7 +292,9 @@ def report(output: Path, rows: Rows, findings: Findings, tables: dict[str, list[
     write_json(output / "summary.json", counts)
     for note in findings.notes:
         print(f"note: {note}")
-    print(f"{counts['images']} images of {counts['identities']} identities: {counts['outliers']} images closer to "
-          f"another identity, {counts['same_person']} pairs of identities that are one person, {several} identities that are "
-          f"several, {counts['duplicates']} duplicates, {counts['overlap']} identities in a test set")  # fmt: skip
+    print(
+        f"{counts['images']} images of {counts['identities']} identities: {counts['outliers']} images closer to "
+        f"another identity, {counts['same_person']} pairs of identities that are one person, {several} identities "
+        f"that are several, {counts['duplicates']} duplicates, {counts['overlap']} identities in a test set"
+    )
     print(f"{output / 'page.html'} shows them; {output / 'keep.txt'} keeps {counts['kept']} images")
