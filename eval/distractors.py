@@ -11,7 +11,9 @@ import numpy as np
 
 from eval.vectors import unit_rows
 from utils.errors import UserError
+from utils.files import written_whole
 from utils.progress import progress_bar
+from utils.text import read_text_lines
 
 SIZES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 FARS = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -31,6 +33,7 @@ class DistractorResult:
     threshold: tuple[float, ...]
     num_genuine: int
     num_impostor: int
+    score_range: tuple[float, float]  # of all genuine and impostor pairs
 
 
 def identify_among_distractors(
@@ -66,7 +69,7 @@ def identify_among_distractors(
     sizes = tuple(dict.fromkeys(min(size, num_distractors) for size in sorted(sizes)))
     num_impostor = len(probe_ND) * num_distractors
     fars = tuple(far for far in fars if far * num_impostor >= 1)
-    highest = np.empty(0)
+    highest, lowest = np.empty(0), genuine_G.min()
     # One more than may be accepted: the threshold lies above that one.
     num_kept = min(num_impostor, math.floor(max(fars, default=0) * num_impostor * (1 + 1e-12)) + 1)
     limit = -np.inf
@@ -78,6 +81,7 @@ def identify_among_distractors(
         for stop in cuts:
             scores_NB = probe_ND @ unit_rows(distractor_MD[start:stop], f"distractors from row {start}").T
             scores_NB.sort(axis=1)
+            lowest = min(lowest, scores_NB[:, 0].min())
             for probe in range(len(probe_ND)):
                 mine = slice(*np.searchsorted(left_G, [probe, probe + 1]))
                 better_G[mine] += scores_NB.shape[1] - np.searchsorted(scores_NB[probe], genuine_G[mine], side="left")
@@ -101,6 +105,7 @@ def identify_among_distractors(
         threshold=tuple(float(limit) for limit in limits),
         num_genuine=len(once_G),
         num_impostor=num_impostor,
+        score_range=(float(lowest), float(max(genuine_G.max(), highest[0]))),
     )
 
 
@@ -109,7 +114,7 @@ def load_features(path: Path) -> np.ndarray:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; a .npy of features or a list of .bin files is needed")
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         try:
             feature_ND = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
@@ -117,7 +122,7 @@ def load_features(path: Path) -> np.ndarray:
         if feature_ND.ndim != 2 or feature_ND.dtype.kind != "f":
             raise UserError(f"{path}: {feature_ND.dtype} {feature_ND.shape}; float [images, size] is needed")
         return feature_ND
-    rows = [read_megaface_vector(path.parent / line.strip()) for line in path.read_text().splitlines() if line.strip()]
+    rows = [read_megaface_vector(path.parent / line.strip()) for line in read_text_lines(path) if line.strip()]
     if not rows or len({row.shape for row in rows}) != 1:
         raise UserError(
             f"{path}: {len(rows)} features of sizes {sorted({len(row) for row in rows})}; one size is needed"
@@ -143,7 +148,8 @@ def write_megaface_vector(path: Path, vector_D: np.ndarray) -> None:
     """The file ``read_megaface_vector`` reads: one column."""
     vector_D = np.asarray(vector_D, "<f4")
     header = np.array([len(vector_D), 1, 4, _FLOAT32_MATRIX], "<i4")
-    Path(path).write_bytes(header.tobytes() + vector_D.tobytes())
+    with written_whole(path) as aside:
+        aside.write_bytes(header.tobytes() + vector_D.tobytes())
 
 
 def _limit(highest: np.ndarray, allowed: int, num_impostor: int) -> float:

@@ -8,20 +8,32 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from eval.embed import RUN_FILES, Embedder
 from eval.protocols import TemplateProtocol, read_image
-from eval.stream import embed_to_file
+from eval.stream import digest, embed_to_file, partial_files, partial_key
 from utils import distributed
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import file_digest, file_stamps
 from utils.photos.align import align_face
 from utils.system import threads_of_rank
 
 CHUNK = 512  # images between two savings; a cache goes on at any batch size
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of all images of a protocol. ``num_outside``: images with a landmark outside of the picture.
+
+    It is None where nobody counted: features that came from elsewhere.
+    """
+
+    feature_N2D: np.ndarray
+    num_outside: int | None
 
 
 def weights_digest(model: str, which: str = "last") -> str:
@@ -30,11 +42,7 @@ def weights_digest(model: str, which: str = "last") -> str:
     path = path / RUN_FILES[which] if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_digest(path)
 
 
 def protocol_features(
@@ -42,12 +50,14 @@ def protocol_features(
     load: Callable[[], Embedder] | None,
     model: str | None,
     path: Path,
+    *,
     num_threads: int | None = None,
     replace: bool = False,
-) -> np.ndarray:
+) -> Features:
     """Features of every image of the protocol, [N, 2, D] float32, from ``path`` as far as they are there.
 
-    Every rank enters, the ranks share what is left to embed, and must see the same folder.
+    Every rank enters, the ranks share what is left to embed, and must see the same folder. What is used again is logged
+    on stderr, in one line.
 
     Args:
         protocol: images, landmarks.
@@ -55,50 +65,62 @@ def protocol_features(
         model: digest of the weights; None accepts those the file was made with.
         path: the cache.
         num_threads: threads that read and align; None: one a core.
-        replace: a cache of other images or weights is made anew (said on stderr) instead of being an error.
+        replace: a cache of other images, files or weights is made anew (logged) instead of being an error.
 
     Raises:
-        UserError: the cache is of other images or weights, an image cannot be read, an embedding is not finite.
+        UserError: the cache is of other images, files or weights, an image cannot be read, an embedding is not finite,
+            or another process embeds into the same file.
     """
-    path, record_path = Path(path), Path(f"{path}.json")
-    images = _Images(protocol)
-    wanted = {"images": images.digest(), "num_images": len(images), "model": model}
-    failure, complete, embedder = None, False, None
-    try:
-        if distributed.get_rank() == 0:
-            complete = _complete(path, record_path, wanted, replace)
-    except (OSError, ValueError) as error:
-        failure = error
-    distributed.raise_together(failure)
-    if not distributed.broadcast_object(complete):
-        try:
+    path, rank = Path(path), distributed.get_rank()
+    images, wanted, stamps, complete, embedder = _Images(protocol), None, None, None, None
+    with distributed.together():
+        if rank == 0:
+            stamps = file_stamps(protocol.image_dir, protocol.image_N)
+            wanted = {
+                "images": images.digest(),
+                "files": digest(stamps),
+                "num_images": len(images),
+                "model": model,
+            }
+            complete = _is_complete(path, wanted, replace, at_hand=any(stamps))
+    complete, wanted = distributed.broadcast_object((complete, wanted))
+    if not complete:
+        with distributed.together():
             if load is None:
                 raise UserError(f"{path}: no complete features there; give --model to make them")
             embedder = load()
             images.size = embedder.input_size
-            if distributed.get_rank() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(record_path, wanted)
-        except (OSError, ValueError) as error:
-            failure = error
-        distributed.raise_together(failure)
-        try:
-            embed_to_file(embedder, images, path, flip="both", key=wanted["images"], chunk=CHUNK,
-                          num_threads=num_threads or threads_of_rank(), name_of=images.name)  # fmt: skip
-        except Exception:
-            if distributed.get_rank() == 0 and not _part(path).is_file():
-                record_path.unlink(missing_ok=True)
-            raise
-    return _open(path, len(images))
+        embed_to_file(
+            embedder,
+            images,
+            path,
+            flip="both",
+            key=_key(wanted),
+            stamps=stamps,
+            flagged=images.is_outside,
+            record=wanted,
+            chunk=CHUNK,
+            num_threads=num_threads or threads_of_rank(),
+            name_of=images.name,
+        )
+    record = _read_record(path) or {}
+    return Features(_open(path, len(images)), record.get("flagged"))
 
 
 def aligned_image(protocol: TemplateProtocol, index: int, size: int) -> np.ndarray:
     """Image ``index`` as the network sees it: RGB uint8 [size, size, 3]."""
+    return read_aligned(protocol, index, size)[0]
+
+
+def read_aligned(protocol: TemplateProtocol, index: int, size: int) -> tuple[np.ndarray, bool]:
+    """``aligned_image``, and whether one of its landmarks lies outside of the picture."""
     path = protocol.image_dir / protocol.image_N[index]
     if protocol.landmark_N52 is None:
-        return read_image(path, size)
+        return read_image(path, size), False
+    image, landmark_52 = read_image(path), protocol.landmark_N52[index]
+    outside = (landmark_52 < 0).any() or (landmark_52 > (image.shape[1] - 1, image.shape[0] - 1)).any()
     try:
-        return align_face(read_image(path), protocol.landmark_N52[index], size)
+        return align_face(image, landmark_52, size), bool(outside)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -108,50 +130,80 @@ class _Images:
 
     def __init__(self, protocol: TemplateProtocol):
         self.protocol, self.size = protocol, 0
+        self._outside: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.protocol.image_N)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return aligned_image(self.protocol, index, self.size)
+        image, outside = read_aligned(self.protocol, index, self.size)
+        if outside:
+            self._outside.add(index)
+        return image
+
+    def is_outside(self, index: int) -> bool:
+        """Whether an image that was read has a landmark outside of it."""
+        return index in self._outside
 
     def name(self, index: int) -> Path:
         return self.protocol.image_dir / self.protocol.image_N[index]
 
     def digest(self) -> str:
         """Of names and landmarks: what decides the embeddings, given the weights and the files."""
-        digest = hashlib.sha256("\n".join(self.protocol.image_N).encode())
+        state = hashlib.sha256("\n".join(self.protocol.image_N).encode())
         if self.protocol.landmark_N52 is not None:
-            digest.update(np.ascontiguousarray(self.protocol.landmark_N52).tobytes())
-        return digest.hexdigest()
+            state.update(np.ascontiguousarray(self.protocol.landmark_N52).tobytes())
+        return state.hexdigest()
 
 
-def _part(path: Path) -> Path:
-    return Path(f"{path}.part")
+def _key(wanted: dict) -> str:
+    """What an unfinished file must agree on; changed files are seen chunk by chunk."""
+    return f"{wanted['images']} {wanted['model']}"
 
 
-def _complete(path: Path, record_path: Path, wanted: dict, replace: bool) -> bool:
+def _is_complete(path: Path, wanted: dict, replace: bool, at_hand: bool) -> bool:
     """Whether ``path`` holds all features that are wanted; what is there of other work is an error or is removed."""
     if path.is_dir():
         raise UserError(f"{path}: a folder; --features names a file, for example {path / 'features.npy'}")
-    record = _read_record(record_path)
-    if record is not None and (path.is_file() or _part(path).is_file()):
-        try:
-            _check_record(path, record, wanted)
-        except UserError as error:
-            if not replace:
-                raise
-            print(f"made anew: {error}", file=sys.stderr)
-            for old in (path, _part(path)):
-                old.unlink(missing_ok=True)
-    return path.is_file()
+    try:
+        if not path.is_file():
+            unfinished = partial_key(path)
+            if unfinished not in (None, _key(wanted)) and wanted["model"] is not None:
+                part = partial_files(path)[0]
+                raise UserError(
+                    f"{part}: unfinished, of other images or weights; name another --features file or delete it"
+                )
+            return False
+        record = _read_record(path)
+        if record is not None:
+            _check_record(path, record, wanted, at_hand)
+        elif replace:
+            raise UserError(f"{path}: no {path.name}.json beside it that says what it was made from")
+        state = "same images and weights" if at_hand else "same names and weights; the image files are not at hand"
+        if record is None:
+            state = f"on trust: no {path.name}.json beside it says what it was made from"
+        print(f"features of {wanted['num_images']} images reused from {path} ({state})", file=sys.stderr, flush=True)
+    except UserError as error:
+        if not replace:
+            raise
+        print(f"made anew: {error}", file=sys.stderr, flush=True)
+        for old in (path, record_file(path), *partial_files(path)):
+            old.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def record_file(path: Path) -> Path:
+    """What stands beside a file of features: which images, files and weights."""
+    return path.with_name(f"{path.name}.json")
 
 
 def _read_record(path: Path) -> dict | None:
+    path = record_file(path)
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if not {"images", "num_images", "model"} <= set(record):
             raise ValueError("keys are missing")
     except (ValueError, TypeError) as error:
@@ -159,7 +211,7 @@ def _read_record(path: Path) -> dict | None:
     return record
 
 
-def _check_record(path: Path, record: dict, wanted: dict) -> None:
+def _check_record(path: Path, record: dict, wanted: dict, at_hand: bool) -> None:
     if record["images"] != wanted["images"] or record["num_images"] != wanted["num_images"]:
         raise UserError(
             f"{path}: features of {record['num_images']} other images (here: {wanted['num_images']}; names or marks "
@@ -167,6 +219,11 @@ def _check_record(path: Path, record: dict, wanted: dict) -> None:
         )
     if wanted["model"] is not None and record["model"] != wanted["model"]:
         raise UserError(f"{path}: made by other weights; name another --features file or delete this one")
+    if at_hand and record.get("files") != wanted["files"]:
+        raise UserError(
+            f"{path}: sizes or times of the image files are not those it was made from; delete it to embed them again, "
+            f"or delete {path.name}.json alone to take it on trust"
+        )
 
 
 def _open(path: Path, num_images: int) -> np.ndarray:

@@ -27,10 +27,20 @@ if __package__ in (None, ""):
 import numpy as np
 
 from eval.embed import load_embedder
-from eval.features import protocol_features, weights_digest
-from eval.options import add_model_options, add_report_options, default_result_dir, print_table, shown_settings
-from eval.protocols import read_csv_protocol, read_ijb
-from eval.results import write_report, write_template_results
+from eval.features import Features, protocol_features, weights_digest
+from eval.metrics import FARS
+from eval.options import (
+    add_model_options,
+    add_report_options,
+    default_result_dir,
+    print_table,
+    print_warnings,
+    shown_settings,
+)
+from eval.protocols import TemplateProtocol, read_csv_protocol, read_ijb
+from eval.remarks import template_remarks
+from eval.results import load_results, write_report, write_template_results
+from eval.stream import claimed
 from eval.tables import (
     ALL_SETTINGS,
     Setting,
@@ -76,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(args.device)
     protocol, digest = None, None
     with distributed.together():
+        load_results(args.compare)  # a folder that is none ends the run now, not after the embedding
         protocol = read_ijb(args.image_path, args.target) if args.protocol is None else read_csv_protocol(args.protocol)
         digest = None if args.model is None else weights_digest(args.model, args.which)
     if distributed.get_rank() == 0:
@@ -87,28 +98,37 @@ def main(argv: list[str] | None = None) -> None:
 
     source = args.model or args.features
     folder = args.result_dir or default_result_dir(source, f"ijb/{protocol.name}")
-    feature_N2D = protocol_features(
-        protocol,
-        None if args.model is None else load,
-        digest,
-        args.features or folder / "features.npy",
-        args.num_threads,
-        replace=args.features is None,
-    )
-    if distributed.get_rank() != 0:
-        return
+    with claimed(folder, "name another --result-dir"):
+        features = protocol_features(
+            protocol,
+            None if args.model is None else load,
+            digest,
+            args.features or folder / "features.npy",
+            num_threads=args.num_threads,
+            replace=args.features is None,
+        )
+        if distributed.get_rank() == 0:
+            _report(args, folder, protocol, features)
+
+
+def _report(args: argparse.Namespace, folder: Path, protocol: TemplateProtocol, features: Features) -> None:
+    """Judge the features; print and write what came out."""
     chosen = Setting(args.use_norm_score, args.use_detector_score, args.use_flip_test)
-    result = evaluate_templates(protocol, feature_N2D, chosen)
+    result = evaluate_templates(protocol, features.feature_N2D, chosen)
     every = {str(chosen): result.table}
     if args.all_settings:
-        every = {str(s): every.get(str(s)) or evaluate_templates(protocol, feature_N2D, s).table for s in ALL_SETTINGS}
+        others = (s for s in ALL_SETTINGS if s != chosen)
+        every |= {str(s): evaluate_templates(protocol, features.feature_N2D, s).table for s in others}
+        every = {str(s): every[str(s)] for s in ALL_SETTINGS}
     print_table(*published_table(protocol, every))
     print_table(*strict_table(result))
     identification = identify(protocol, result.template_T, result.feature_TD) if args.identification else []
     if identification:
         print_table(*identification_table(identification))
-    settings = shown_settings(args, Path(source).name, setting=str(chosen))
-    write_template_results(folder, protocol, result, every, identification, settings)
+    warnings = template_remarks(protocol, result.feature_TD, result.score_P, FARS, features.num_outside)
+    print_warnings(warnings)
+    settings = shown_settings(args, Path(args.model or args.features).name, setting=str(chosen))
+    write_template_results(folder, protocol, result, every, identification, settings, warnings)
     print(f"results in {folder}")
     if args.report is not None:
         write_report(args.report, [folder, *args.compare])

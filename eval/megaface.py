@@ -20,10 +20,13 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from eval.distractors import SIZES, identify_among_distractors, load_features
-from eval.options import print_table
-from eval.results import write_distractor_results, write_report
+from eval.distractors import FARS, SIZES, identify_among_distractors, load_features
+from eval.options import bare_name, print_table, print_warnings
+from eval.remarks import distractor_remarks
+from eval.results import load_results, write_distractor_results, write_report
 from utils.errors import UserError, one_line_errors
+from utils.owner import claim
+from utils.text import read_text
 
 
 @one_line_errors
@@ -42,28 +45,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, help="also write one self-contained HTML page")
     parser.add_argument("--compare", type=Path, nargs="*", default=[], help="result folders of other runs")
     args = parser.parse_args(argv)
-    if not all(size.isdigit() and int(size) > 0 for size in args.sizes.split(",")):
+    sizes = [size.strip() for size in args.sizes.split(",")]
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise UserError(f"--sizes {args.sizes}: positive whole numbers, separated by commas")
+    load_results(args.compare)
     probe_ND, distractor_MD = load_features(args.probes), load_features(args.distractors)
     if not args.subjects.is_file():
         raise UserError(f"{args.subjects}: no such file; one subject a line, in the order of the probes, is needed")
-    subjects = np.array([line.strip() for line in args.subjects.read_text().rstrip("\n").split("\n")])
+    subjects = np.array([line.strip() for line in read_text(args.subjects).rstrip("\n").split("\n")])
     if args.shuffle is not None:
         distractor_MD = distractor_MD[np.random.default_rng(args.shuffle).permutation(len(distractor_MD))]
-    sizes = tuple(int(size) for size in args.sizes.split(","))
+    sizes = tuple(map(int, sizes))
     try:
         result = identify_among_distractors(probe_ND, subjects, distractor_MD, sizes, show_progress=True)
     except UserError as error:
         raise UserError(f"{args.probes}, {args.distractors}: {error}") from error
-    folder = args.result_dir
-    settings = {key: str(value) for key, value in vars(args).items() if value is not None}
-    tables = write_distractor_results(folder, result, settings | {"label": args.label or args.probes.stem})
-    for table in tables:
-        print_table(table["head"], table["rows"])
-    print(f"results in {folder}")
-    if args.report is not None:
-        write_report(args.report, [folder, *args.compare])
-        print(f"report {args.report}")
+    folder, label = args.result_dir, args.label or bare_name(args.probes)
+    warnings = distractor_remarks(result, sizes, FARS, len(distractor_MD))
+    settings = {key: str(value) for key, value in vars(args).items() if value is not None} | {"label": label}
+    with claim(folder, "name another --result-dir"):
+        for table in write_distractor_results(folder, result, settings, warnings):
+            print_table(table["head"], table["rows"])
+        print_warnings(warnings)
+        print(f"results in {folder}")
+        if args.report is not None:
+            write_report(args.report, [folder, *args.compare])
+            print(f"report {args.report}")
 
 
 if __name__ == "__main__":

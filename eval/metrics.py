@@ -124,6 +124,13 @@ def verification_metrics(
     return distance_metrics(pair_distances(embedding_ND), same_P, num_folds, far_target)
 
 
+def fold_of_pairs(num_pairs: int, num_folds: int) -> np.ndarray:
+    """Fold of each pair, [P]: contiguous runs, the first ``num_pairs % num_folds`` one longer."""
+    sizes_F = np.full(num_folds, num_pairs // num_folds)
+    sizes_F[: num_pairs % num_folds] += 1
+    return np.repeat(np.arange(num_folds), sizes_F)
+
+
 def distance_metrics(
     distance_P: np.ndarray, same_P: np.ndarray, num_folds: int = 10, far_target: float = 1e-3
 ) -> VerificationMetrics:
@@ -135,10 +142,8 @@ def distance_metrics(
     if num_pairs < 2 or num_folds < 2:
         raise UserError(f"{num_pairs} pairs in {num_folds} folds cannot be cross-validated; two of each are needed")
     num_folds = min(num_folds, num_pairs)
-    sizes_F = np.full(num_folds, num_pairs // num_folds)
-    sizes_F[: num_pairs % num_folds] += 1
-    fold_P = np.repeat(np.arange(num_folds), sizes_F)
-
+    fold_P = fold_of_pairs(num_pairs, num_folds)
+    sizes_F = np.bincount(fold_P, minlength=num_folds)
     grid = np.arange(*ACCURACY_GRID)
     same_FK, different_FK = _counts_below(distance_P, same_P, fold_P, num_folds, grid)
     num_same_F = np.bincount(fold_P[same_P], minlength=num_folds)

@@ -1,10 +1,26 @@
 """Command line options that the evaluation scripts share."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import paddle
 from prettytable import PrettyTable
+
+_SUFFIXES = (
+    ".pdparams",
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".onnx",
+    ".npy",
+    ".npz",
+    ".bin",
+    ".txt",
+    ".csv",
+    ".lst",
+)
 
 
 def default_device() -> str:
@@ -15,7 +31,13 @@ def default_device() -> str:
 def default_result_dir(model: str, kind: str) -> Path:
     """``<run>/<kind>`` for a run directory, else ``work_dirs/<kind>/<file name>``."""
     path = Path(model)
-    return path / kind if path.is_dir() else Path("work_dirs") / kind / path.stem
+    return path / kind if path.is_dir() else Path("work_dirs") / kind / bare_name(path)
+
+
+def bare_name(path: str | Path) -> str:
+    """The file name without a suffix of ours; other dots belong to the name (``r50_lr0.1``)."""
+    path = Path(path)
+    return path.stem if path.suffix.lower() in _SUFFIXES else path.name
 
 
 def add_model_options(parser: argparse.ArgumentParser, model_help: str, required: bool) -> None:
@@ -53,3 +75,9 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
     table = PrettyTable(head)
     table.add_rows(rows)
     print(table, flush=True)
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """What makes the figures above mean less than they seem to, a line each."""
+    for warning in warnings:
+        print(f"warning: {warning}", flush=True)

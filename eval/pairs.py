@@ -3,7 +3,7 @@
 Legend: P pairs, N = 2P images (2i and 2i+1 are pair i), D embedding size, W ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,8 @@ import paddle
 from eval.bins import load_bin
 from eval.embed import Embedder, load_embedder
 from eval.metrics import VerificationMetrics, accuracy_at, distance_metrics, pair_distances
+from eval.remarks import norm_remarks, score_remarks, set_remarks
+from eval.vectors import row_norms
 from utils import distributed
 from utils.decode import fit_image
 from utils.errors import UserError
@@ -26,7 +28,8 @@ Pairs = tuple[np.ndarray, np.ndarray]  # images uint8 [2P, H, W, 3] RGB, same bo
 class SetResult:
     """One set. ``metrics`` is with flip (embedding plus that of the mirror image); ``no_flip`` is without.
 
-    ``xnorm`` is the mean norm of the raw embeddings over both passes; ``distance_P`` are squared L2 distances.
+    ``xnorm`` is the mean norm of the raw embeddings over both passes; ``distance_P`` are squared L2 distances;
+    ``warnings`` say what makes the figures mean less than they seem to.
     """
 
     name: str
@@ -35,6 +38,7 @@ class SetResult:
     xnorm: float
     distance_P: np.ndarray = field(repr=False, compare=False)
     same_P: np.ndarray = field(repr=False, compare=False)
+    warnings: tuple[str, ...] = field(default=(), repr=False)
 
 
 def verify(
@@ -60,12 +64,41 @@ def verify(
     embedder = load_embedder(model, batch_size=batch_size) if isinstance(model, paddle.nn.Layer) else model
     results = {}
     for name, (image_NHWC, same_P) in sets.items():
+        check_set(name, same_P)
         embedding_N2D = _embed(embedder, image_NHWC, batch_size, name, show_progress)
+        warnings = set_remarks(image_NHWC, same_P, num_folds, far_target)
         try:
-            results[name] = _judge(name, embedding_N2D, same_P, num_folds, far_target)
+            results[name] = _judge(name, embedding_N2D, same_P, num_folds, far_target, warnings)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     return results
+
+
+def check_set(name: str, same_P: np.ndarray) -> None:
+    """Refuse a set before anything is embedded that could not be judged afterwards.
+
+    Raises:
+        UserError: it has one pair, which no fold can be judged by.
+    """
+    if len(same_P) < 2:
+        raise UserError(f"{name}: {len(same_P)} pair in it; folds need at least two, one to choose the threshold on")
+
+
+def set_names(text: str) -> list[str]:
+    """The sets of a comma-separated list: blanks around a name do not count, nor does ``.bin`` behind it."""
+    return list(dict.fromkeys(name.strip().removesuffix(".bin") for name in text.split(",") if name.strip()))
+
+
+def find_sets(data_dir: Path, targets: Sequence[str], flag: str = "--data-dir") -> dict[str, Path]:
+    """``<data_dir>/<name>.bin`` of each target that is there, by name.
+
+    Raises:
+        UserError: no such folder.
+    """
+    if not Path(data_dir).is_dir():
+        raise UserError(f"{data_dir}: no such folder; {flag} must hold the .bin sets")
+    paths = {name: Path(data_dir) / f"{name}.bin" for name in targets}
+    return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def load_sets(
@@ -76,22 +109,20 @@ def load_sets(
     Without targets, whichever of the known sets are there.
 
     Raises:
-        UserError: sets that were asked for are missing (all are named), or there is none at all.
+        UserError: sets that were asked for are missing (all are named), there is none at all, or one cannot be judged.
     """
-    data_dir = Path(data_dir)
-    if not data_dir.is_dir():
-        raise UserError(f"{data_dir}: no such folder; --data-dir must hold the .bin sets")
-    missing = [name for name in targets or () if not (data_dir / f"{name}.bin").is_file()]
+    found = find_sets(data_dir, targets or KNOWN_SETS)
+    missing = [f"{name}.bin" for name in targets or () if name not in found]
     if missing and not allow_missing:
+        raise UserError(f"{data_dir}: {', '.join(missing)} missing; get them, or pass --allow-missing")
+    if not found:
         raise UserError(
-            f"{data_dir}: {', '.join(f'{n}.bin' for n in missing)} missing; get them, or pass --allow-missing"
+            f"{data_dir}: none of {', '.join(f'{name}.bin' for name in targets or KNOWN_SETS)} is there; use --target"
         )
-    names = [name for name in targets or KNOWN_SETS if (data_dir / f"{name}.bin").is_file()]
-    if not names:
-        raise UserError(
-            f"{data_dir}: none of {', '.join(f'{n}.bin' for n in targets or KNOWN_SETS)} is there; use --target"
-        )
-    return {name: load_bin(data_dir / f"{name}.bin", (size, size)) for name in names}
+    sets = {name: load_bin(path, (size, size)) for name, path in found.items()}
+    for name, (_, same_P) in sets.items():
+        check_set(str(found[name]), same_P)
+    return sets
 
 
 def _embed(embedder: Embedder, image_NHWC: np.ndarray, batch_size: int, name: str, show: bool) -> np.ndarray:
@@ -113,9 +144,11 @@ def _embed(embedder: Embedder, image_NHWC: np.ndarray, batch_size: int, name: st
     return local.reshape(-1, 2, embedder.embedding_size)[:num_images]
 
 
-def _judge(name, embedding_N2D, same_P, num_folds, far_target):
+def _judge(name, embedding_N2D, same_P, num_folds, far_target, warnings):
     both = embedding_N2D.astype(np.float64)
-    distance_P = pair_distances(both.sum(1))
+    total_ND = both.sum(1)
+    distance_P = pair_distances(total_ND)
+    warnings = (*warnings, *norm_remarks(row_norms(total_ND)), *score_remarks(1 - distance_P / 2))
     return SetResult(
         name=name,
         metrics=distance_metrics(distance_P, same_P, num_folds, far_target),
@@ -123,6 +156,7 @@ def _judge(name, embedding_N2D, same_P, num_folds, far_target):
         xnorm=float(np.sqrt(np.square(both).sum(2)).mean()),
         distance_P=distance_P,
         same_P=np.asarray(same_P).astype(bool),
+        warnings=warnings,
     )
 
 
@@ -130,6 +164,11 @@ def _resized(image_NHWC: np.ndarray, size: int) -> np.ndarray:
     if image_NHWC.shape[1:3] == (size, size):
         return image_NHWC
     return np.stack([fit_image(image, (size, size), "stretch") for image in image_NHWC])
+
+
+def set_warnings(results: Mapping[str, SetResult]) -> list[str]:
+    """The warnings of all sets, each with its set's name."""
+    return [f"{name}: {warning}" for name, result in results.items() for warning in result.warnings]
 
 
 def result_row(result: SetResult, threshold: float | None = None) -> dict:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from utils.files import written_whole
+
 # Distinguishable in grey print and for most colour-blind readers (Okabe and Ito's palette).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
@@ -23,7 +25,7 @@ def draw_roc(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path
     axes.grid(alpha=0.3)
     if curves:
         axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, 120)
 
 
 def draw_histogram(
@@ -42,7 +44,7 @@ def draw_histogram(
         axes.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:.3f}")
     axes.set(xlabel="cosine similarity", ylabel="density", title=title)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, 120)
 
 
 def draw_errors(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]], path: Path, title: str = "") -> None:
@@ -57,4 +59,9 @@ def draw_errors(pairs: Sequence[tuple[np.ndarray, np.ndarray, str]], path: Path,
     for cell, (left, right, caption) in zip(cells, pairs, strict=False):
         cell.imshow(np.concatenate([left, right], axis=1))
         cell.set_title(caption, fontsize=8)
-    figure.savefig(path, dpi=100)
+    _save(figure, path, 100)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    with written_whole(path) as aside:
+        figure.savefig(aside, dpi=dpi)

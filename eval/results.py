@@ -19,7 +19,7 @@ from eval.distractors import DistractorResult
 from eval.features import aligned_image
 from eval.metrics import roc_at
 from eval.pages import Page
-from eval.pairs import Pairs, SetResult, result_row, result_table
+from eval.pairs import Pairs, SetResult, result_row, result_table, set_warnings
 from eval.plots import draw_errors, draw_histogram, draw_roc
 from eval.protocols import TemplateProtocol
 from eval.tables import (
@@ -31,7 +31,7 @@ from eval.tables import (
     strict_table,
 )
 from utils.errors import UserError
-from utils.files import write_array, write_csv, write_json, written_whole
+from utils.files import write_array, write_csv, write_json
 
 KINDS = {
     "verification": "Verification",
@@ -89,6 +89,7 @@ def write_pair_results(
         "label": settings["label"],
         "settings": settings,
         "sets": {row["set"]: row for row in rows},
+        "warnings": set_warnings(results),
         "tables": [{"title": "Sets", "head": head, "rows": body}],
         "roc": roc,
         "pictures": [{"file": "roc.png", "title": "ROC"}, *pictures],
@@ -120,6 +121,7 @@ def write_template_results(
     every: Tables,
     identification: list[Identification],
     settings: dict,
+    warnings: Sequence[str] = (),
 ) -> None:
     """``scores.npy``, ``ijb.json``, ``ijb.csv`` and pictures into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,6 +149,7 @@ def write_template_results(
         "settings": settings,
         "tar_at_far": {key: [asdict(point) for point in table] for key, table in every.items()},
         "identification": [asdict(row) for row in identification],
+        "warnings": list(warnings),
         "tables": [
             {"title": f"{protocol.name}: {title}", "head": head, "rows": body} for title, (head, body) in tables
         ],
@@ -180,7 +183,9 @@ def _worst_templates(protocol: TemplateProtocol, result: TemplateResult, count: 
     return cells
 
 
-def write_distractor_results(folder: Path, result: DistractorResult, settings: dict) -> list[dict]:
+def write_distractor_results(
+    folder: Path, result: DistractorResult, settings: dict, warnings: Sequence[str] = ()
+) -> list[dict]:
     """``megaface.json``, ``.csv`` and the ROC picture into ``folder``; returns the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     found = list(zip(result.sizes, result.rank_1, result.rank_10, strict=True))
@@ -191,13 +196,13 @@ def write_distractor_results(folder: Path, result: DistractorResult, settings: d
         {"title": "Verification (%)", "head": ["FAR", "strict TAR"], "rows": tar_rows},
     ]
     curve = {"far": list(result.fars), "tar": list(result.tar)}
-    with written_whole(folder / "roc.png") as aside:
-        draw_roc({settings["label"]: (curve["far"], curve["tar"])}, aside, "Probes against distractors")
+    draw_roc({settings["label"]: (curve["far"], curve["tar"])}, folder / "roc.png", "Probes against distractors")
     content = {
         "kind": "megaface",
         "label": settings["label"],
         "settings": settings,
         "figures": asdict(result),
+        "warnings": list(warnings),
         "tables": tables,
         "roc": {"distractors": curve},
         "pictures": [],

@@ -1,7 +1,8 @@
 """Embed any number of images into a ``.npy`` file: flat memory, over all ranks, with progress, resumable.
 
 Images are cut into chunks, which the ranks take in turn. A chunk's rows are written at their place in a partial file,
-then its byte in a list of finished chunks is set; an interrupted run (at any world size) goes on with what is left.
+then its mark in a list of finished chunks is set; an interrupted run (at any world size) goes on with what is left. The
+mark is a digest of the chunk's images, so that images which changed meanwhile are embedded again, and only those.
 
 Legend: N images, D embedding size, W ranks.
 """
@@ -10,8 +11,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,8 @@ import numpy as np
 from eval.embed import Embedder
 from utils import distributed
 from utils.errors import UserError
+from utils.files import write_json
+from utils.owner import claim
 from utils.progress import progress_bar
 
 
@@ -33,6 +38,24 @@ FLIPS = {
 }
 
 
+@contextmanager
+def claimed(folder: str | Path, remedy: str, name: str = "owner") -> Iterator[None]:
+    """The folder is this program's until the block ends (``utils.owner.claim``); rank 0 claims it, all ranks enter.
+
+    Raises:
+        UserError: on every rank, if a living process has it; the message names that one.
+    """
+    owner = None
+    with distributed.together():
+        if distributed.get_rank() == 0:
+            owner = claim(folder, remedy, name)
+    try:
+        yield
+    finally:
+        if owner is not None:
+            owner.release()
+
+
 def embed_to_file(
     embedder: Embedder,
     images: Sequence[np.ndarray],
@@ -40,6 +63,9 @@ def embed_to_file(
     *,
     flip: str = "none",
     key: str = "",
+    stamps: Sequence[object] | None = None,
+    flagged: Callable[[int], bool] | None = None,
+    record: dict | None = None,
     chunk: int = 512,
     num_threads: int = 4,
     show_progress: bool = True,
@@ -50,9 +76,12 @@ def embed_to_file(
     Args:
         images: ``len`` and ``[i]`` -> uint8 RGB [H, W, 3] of the embedder's input size; called from several threads,
             one chunk ahead of the network.
-        output: ``.npy`` file, float32 [N, D], raw embeddings. It appears when all is done.
+        output: ``.npy`` file, float32 [N, D], raw embeddings. It appears when all is done. One process at a time.
         flip: ``none``; ``add``: embedding plus that of the mirror image; ``both``: the two apart, [N, 2, D].
         key: what the images are (a digest of their paths, say); a partial file of another key is not resumed.
+        stamps: something for each image that changes when its file does (size and time), on rank 0 at least.
+        flagged: asked for each image once it is read; how many said yes is kept with the chunk.
+        record: content of ``<output>.json``, which is written when all is done, with the number of flagged images.
         chunk: images loaded at once.
         num_threads: threads that load images.
         show_progress: a line with rate and time left, on rank 0's stderr.
@@ -62,8 +91,8 @@ def embed_to_file(
         The file's rows, memory-mapped, read-only.
 
     Raises:
-        UserError: on every rank, if one of them fails (an embedding that is not finite included); chunks that are
-            finished are kept for the next run.
+        UserError: on every rank, if one of them fails (an embedding that is not finite included), or if another process
+            embeds into the same file; chunks that are finished are kept for the next run.
     """
     if flip not in FLIPS:
         raise ValueError(f"flip {flip!r}: choose {', '.join(FLIPS)}")
@@ -71,48 +100,44 @@ def embed_to_file(
     row = (2, embedder.embedding_size) if flip == "both" else (embedder.embedding_size,)
     work = _Partial(output, len(images), row, chunk, [flip, key, embedder.identity])
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    _together(work.prepare if rank == 0 else None)
-    # One list for all: a rank that looks later would see chunks that others have finished meanwhile.
-    num_done, todo = distributed.broadcast_object((work.num_finished(), work.unfinished()) if rank == 0 else None)
-    todo = todo[rank::world_size]
-    failure = None
-    try:
-        with (
-            ThreadPoolExecutor(num_threads) as pool,
-            progress_bar("embed", work.num_images, num_done, show_progress and rank == 0) as advance,
-        ):
-            coming = _load(pool, images, work.rows(todo[0])) if todo else None
-            for position, index in enumerate(todo):
-                batch = [future.result() for future in coming]
-                coming = _load(pool, images, work.rows(todo[position + 1])) if position + 1 < len(todo) else None
-                embedding = FLIPS[flip](embedder, np.stack(batch))
-                finite = np.isfinite(embedding.reshape(len(batch), -1)).all(1)
-                if not finite.all():
-                    bad = name_of(work.rows(index)[int(np.argmin(finite))])
-                    raise UserError(f"{bad}: its embedding holds NaN or infinity; check the weights")
-                work.write(index, embedding)
-                advance(len(batch) * world_size)
-    except Exception as error:  # whatever it is, the other ranks wait for this one
-        failure = error
-    try:
-        distributed.raise_together(failure)
-    except Exception:
-        if rank == 0 and work.num_finished() == 0:
-            work.discard()  # nothing to resume
-        raise
-    _together(work.finish if rank == 0 else None)
+    with claimed(output.parent, "name another file", f"{output.name}.owner"):
+        plan = None
+        with distributed.together():
+            if rank == 0:
+                work.prepare()
+                work.mark_images(stamps)
+                plan = (work.num_finished(), work.unfinished(), work.marks)
+        # One plan for all: a rank that looks later would see chunks that others have finished meanwhile.
+        num_done, todo, work.marks = distributed.broadcast_object(plan)
+        if num_done and rank == 0:
+            print(f"{output}: goes on after {num_done} of {len(images)} images of an earlier run", file=sys.stderr)
+        todo = todo[rank::world_size]
+        try:
+            with (
+                distributed.together(),
+                ThreadPoolExecutor(num_threads) as pool,
+                progress_bar("embed", work.num_images, num_done, show_progress and rank == 0) as advance,
+            ):
+                coming = _load(pool, images, work.rows(todo[0])) if todo else None
+                for position, index in enumerate(todo):
+                    batch = [future.result() for future in coming]
+                    coming = _load(pool, images, work.rows(todo[position + 1])) if position + 1 < len(todo) else None
+                    embedding = FLIPS[flip](embedder, np.stack(batch))
+                    finite = np.isfinite(embedding.reshape(len(batch), -1)).all(1)
+                    if not finite.all():
+                        bad = name_of(work.rows(index)[int(np.argmin(finite))])
+                        raise UserError(f"{bad}: its embedding holds NaN or infinity; check the weights")
+                    num_flagged = sum(map(flagged, work.rows(index))) if flagged is not None else 0
+                    work.write(index, embedding, num_flagged)
+                    advance(len(batch) * world_size)
+        except Exception:
+            if rank == 0 and not work.has_any():
+                work.discard()  # nothing to resume
+            raise
+        with distributed.together():
+            if rank == 0:
+                work.finish(record)
     return np.load(output, mmap_mode="r")
-
-
-def _together(step) -> None:
-    """Run ``step`` where it is one; all ranks go on, or all fail."""
-    failure = None
-    try:
-        if step is not None:
-            step()
-    except (OSError, ValueError) as error:
-        failure = error
-    distributed.raise_together(failure)
 
 
 def _load(pool: ThreadPoolExecutor, images: Sequence[np.ndarray], rows: range) -> list:
@@ -120,46 +145,65 @@ def _load(pool: ThreadPoolExecutor, images: Sequence[np.ndarray], rows: range) -
 
 
 class _Partial:
-    """``<output>.part`` (the growing .npy file) and ``<output>.done`` (a JSON line, then a byte a chunk)."""
+    """``<output>.part`` (the growing .npy file) and ``<output>.done``: a JSON line, then an entry a chunk.
+
+    An entry is zero until the chunk is finished, then the digest of its images and how many of them were flagged.
+    """
+
+    ENTRY = np.dtype([("mark", "V8"), ("flagged", "<u4")])
 
     def __init__(self, output: Path, num_images: int, row: tuple[int, ...], chunk: int, identity: list[str]):
         self.output = output
-        self.part, self.done = (output.with_name(output.name + suffix) for suffix in (".part", ".done"))
+        self.part, self.done = partial_files(output)
         self.num_images, self.row, self.chunk = num_images, row, chunk
         self.row_bytes = 4 * math.prod(row)
         self.num_chunks = math.ceil(num_images / chunk)
         content = {"images": num_images, "row": row, "chunk": chunk, "identity": identity}
         self.head = json.dumps(content).encode() + b"\n"
+        self.marks: list[bytes] = []
 
     def prepare(self) -> None:
         """Keep what an earlier run of the same work left, or start anew."""
         if self.part.is_file() and self.done.is_file() and self.done.read_bytes()[: len(self.head)] == self.head:
             return
-        self.output.parent.mkdir(parents=True, exist_ok=True)
         self.done.unlink(missing_ok=True)
         with open(self.part, "wb") as file:
             head = {"descr": "<f4", "fortran_order": False, "shape": (self.num_images, *self.row)}
             np.lib.format.write_array_header_1_0(file, head)
             file.truncate(file.tell() + self.num_images * self.row_bytes)
-        self.done.write_bytes(self.head + bytes(self.num_chunks))
+        self.done.write_bytes(self.head + bytes(self.num_chunks * self.ENTRY.itemsize))
+
+    def mark_images(self, stamps: Sequence[object] | None) -> None:
+        """Work out each chunk's mark, 8 bytes that are never all zero."""
+        for index in range(self.num_chunks):
+            parts = [] if stamps is None else [stamps[row] for row in self.rows(index)]
+            self.marks.append(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest() + b"\1")
 
     def rows(self, index: int) -> range:
         """Images of a chunk."""
         return range(index * self.chunk, min((index + 1) * self.chunk, self.num_images))
 
-    def unfinished(self) -> list[int]:
-        """Chunks still to do."""
-        flags = self.done.read_bytes()[len(self.head) :]
-        if len(flags) != self.num_chunks:
+    def _entries(self) -> np.ndarray:
+        data = self.done.read_bytes()[len(self.head) :]
+        if len(data) != self.num_chunks * self.ENTRY.itemsize:
             raise UserError(f"{self.done}: damaged; delete it to start anew")
-        return [index for index, flag in enumerate(flags) if not flag]
+        return np.frombuffer(data, self.ENTRY)
+
+    def unfinished(self) -> list[int]:
+        """Chunks still to do, those whose images have changed among them."""
+        found = self._entries()["mark"].tolist()
+        return [index for index, mark in enumerate(self.marks) if found[index] != mark]
 
     def num_finished(self) -> int:
         """Images done by an earlier run."""
         return self.num_images - sum(len(self.rows(index)) for index in self.unfinished())
 
-    def write(self, index: int, embedding: np.ndarray) -> None:
-        """Put a chunk's rows in place, on disk before its byte is set."""
+    def has_any(self) -> bool:
+        """Whether any chunk is there, of whichever images."""
+        return any(any(bytes(mark)) for mark in self._entries()["mark"].tolist())
+
+    def write(self, index: int, embedding: np.ndarray, num_flagged: int) -> None:
+        """Put a chunk's rows in place, on disk before its entry is set."""
         with open(self.part, "r+b") as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
@@ -168,20 +212,39 @@ class _Partial:
             file.flush()
             os.fsync(file.fileno())
         with open(self.done, "r+b") as file:
-            file.seek(len(self.head) + index)
-            file.write(b"\1")
+            file.seek(len(self.head) + index * self.ENTRY.itemsize)
+            file.write(np.array((self.marks[index], num_flagged), self.ENTRY).tobytes())
 
     def discard(self) -> None:
         """Leave nothing behind."""
         self.part.unlink(missing_ok=True)
         self.done.unlink(missing_ok=True)
 
-    def finish(self) -> None:
-        """Give the whole file its name."""
+    def finish(self, record: dict | None) -> None:
+        """Give the whole file its name, and its record beside it."""
         if self.unfinished():
             raise UserError(f"{self.part}: {len(self.unfinished())} chunks are missing; run again to finish them")
+        if record is not None:
+            write_json(f"{self.output}.json", {**record, "flagged": int(self._entries()["flagged"].sum())})
         self.part.replace(self.output)
         self.done.unlink()
+
+
+def partial_files(output: Path) -> tuple[Path, Path]:
+    """Where an unfinished ``embed_to_file`` leaves its rows and the list of what is done."""
+    return output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.done")
+
+
+def partial_key(output: Path) -> str | None:
+    """The ``key`` that an unfinished ``embed_to_file`` was given; None where there is none, or one that is cut."""
+    part, done = partial_files(output)
+    if not part.is_file() or not done.is_file():
+        return None
+    with open(done, "rb") as file:
+        try:
+            return json.loads(file.readline())["identity"][1]
+        except (ValueError, TypeError, KeyError, IndexError):
+            return None
 
 
 def digest(parts: Sequence[object]) -> str:

@@ -15,10 +15,19 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.embed import load_embedder
-from eval.options import add_model_options, add_report_options, default_result_dir, print_table, shown_settings
-from eval.pairs import KNOWN_SETS, load_sets, result_table, verify
+from eval.options import (
+    add_model_options,
+    add_report_options,
+    bare_name,
+    default_result_dir,
+    print_table,
+    print_warnings,
+    shown_settings,
+)
+from eval.pairs import KNOWN_SETS, SetResult, check_set, load_sets, result_table, set_names, set_warnings, verify
 from eval.protocols import read_pair_list
-from eval.results import write_pair_results, write_report
+from eval.results import load_results, write_pair_results, write_report
+from eval.stream import claimed
 from utils import distributed
 from utils.errors import UserError, one_line_errors
 
@@ -56,27 +65,35 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(args.device)
     sets, embedder = {}, None
     with distributed.together():
+        load_results(args.compare)  # a folder that is none ends the run now, not after the embedding
         embedder = load_embedder(args.model, args.network, args.engine, args.batch_size, which=args.which)
         if args.data_dir is not None and (args.pairs is None or args.target or args.image_dir is not None):
-            targets = [name for name in args.target.split(",") if name] if args.target else None
+            targets = set_names(args.target) if args.target else None
             sets |= load_sets(args.data_dir, targets, args.allow_missing, embedder.input_size)
         if args.pairs is not None:
-            sets[args.pairs.stem] = read_pair_list(args.pairs, args.image_dir or args.data_dir, embedder.input_size)
-    results = verify(embedder, sets, args.batch_size, args.num_folds, args.far, show_progress=True)
-    if distributed.get_rank() != 0:
-        return
+            name = bare_name(args.pairs)
+            listed = read_pair_list(args.pairs, args.image_dir or args.data_dir, embedder.input_size)
+            check_set(str(args.pairs), listed[1])
+            sets[args.pairs.name if name in sets else name] = listed
     folder = args.result_dir or default_result_dir(args.model, "verification")
-    settings = shown_settings(args, Path(args.model).name, engine=embedder.engine)
-    rows = write_pair_results(folder, results, sets, settings)
+    with claimed(folder, "name another --result-dir"):
+        results = verify(embedder, sets, args.batch_size, args.num_folds, args.far, show_progress=True)
+        if distributed.get_rank() == 0:
+            settings = shown_settings(args, Path(args.model).name, engine=embedder.engine)
+            _print(write_pair_results(folder, results, sets, settings), results, args.far)
+            print(f"results in {folder}")
+            if args.report is not None:
+                write_report(args.report, [folder, *args.compare])
+                print(f"report {args.report}")
+
+
+def _print(rows: list[dict], results: dict[str, SetResult], far_target: float) -> None:
     for row in rows:
         print("[{set}]XNorm: {xnorm:f}".format(**row))
         print("[{set}]Accuracy: {accuracy:1.5f}+-{accuracy_std:1.5f}".format(**row))
         print("[{set}]Accuracy-Flip: {accuracy_flip:1.5f}+-{accuracy_flip_std:1.5f}".format(**row))
-    print_table(*result_table(rows, args.far))
-    print(f"results in {folder}")
-    if args.report is not None:
-        write_report(args.report, [folder, *args.compare])
-        print(f"report {args.report}")
+    print_table(*result_table(rows, far_target))
+    print_warnings(set_warnings(results))
 
 
 if __name__ == "__main__":

@@ -84,6 +84,31 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def file_stamps(folder: str | Path, names: Sequence[str]) -> list[tuple[int, int] | None]:
+    """(size in bytes, modification time in ns) of each name relative to ``folder``, None where there is no such file.
+
+    Every folder that the names mention is read once, whatever its number of files.
+    """
+    wanted: dict[str, dict[str, list[int]]] = {}
+    for index, name in enumerate(names):
+        parent, leaf = os.path.split(name)
+        wanted.setdefault(parent, {}).setdefault(leaf, []).append(index)
+    stamps: list[tuple[int, int] | None] = [None] * len(names)
+    for parent, leaves in wanted.items():
+        try:
+            entries = os.scandir(Path(folder, parent))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        with entries:
+            for entry in entries:
+                if entry.name in leaves:
+                    with contextlib.suppress(FileNotFoundError):  # a broken link is no file
+                        status = entry.stat()
+                        for index in leaves[entry.name]:
+                            stamps[index] = (status.st_size, status.st_mtime_ns)
+    return stamps
+
+
 def describe_file(path: str | Path) -> str:
     """What a file really is, by its first bytes (``describe_bytes``); for messages about files of the wrong kind."""
     with open(path, "rb") as file:

@@ -1,0 +1,148 @@
+"""What makes figures of an evaluation say less than they seem to: one line each, beside the figures, never instead.
+
+Legend: P pairs, N images or embeddings, D embedding size, F folds.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from eval.distractors import DistractorResult
+from eval.metrics import ACCURACY_GRID, fold_of_pairs
+from eval.protocols import TemplateProtocol
+
+_EQUAL = 1e-9  # of a cosine: what is nearer differs by rounding alone
+
+
+def set_remarks(image_NHWC: np.ndarray, same_P: np.ndarray, num_folds: int = 10, far_target: float = 1e-3) -> list[str]:
+    """About a pair set itself: one kind alone, folds without a kind, too few impostors, repeated and identical images.
+
+    Args:
+        image_NHWC: N = 2P, image 2i and 2i+1 are pair i.
+        num_folds: as asked for.
+        far_target: of VAL.
+    """
+    num_pairs, remarks = len(same_P), []
+    num_same = int(np.count_nonzero(same_P))
+    if num_same in (0, num_pairs):
+        kind, other = ("genuine", "impostor") if num_same else ("impostor", "genuine")
+        remarks.append(
+            f"all {num_pairs} pairs are {kind}: without {other} pairs accuracy says nothing about telling people "
+            "apart, and VAL, AUC and EER are not defined"
+        )
+    if num_pairs < num_folds:
+        remarks.append(f"{num_pairs} pairs for {num_folds} folds: each pair is a fold")
+    num_folds = min(num_folds, num_pairs)
+    fold_P = fold_of_pairs(num_pairs, num_folds)
+    num_different_F = np.bincount(fold_P[~same_P], minlength=num_folds)
+    if 0 < num_same < num_pairs:
+        for kind, count_F in (("genuine", np.bincount(fold_P[same_P], minlength=num_folds)),
+                              ("impostor", num_different_F)):  # fmt: skip
+            lacking = np.flatnonzero(count_F == 0)
+            if len(lacking):
+                remarks.append(
+                    f"{len(lacking)} of {num_folds} folds have no {kind} pair (the first is fold {lacking[0] + 1}): "
+                    f"rates of {kind} pairs are means over the others; mix the list"
+                )
+        remarks += far_remarks(
+            [far_target], int((num_different_F.sum() - num_different_F).max()), "of all folds but one"
+        )
+    return remarks + _image_remarks(image_NHWC, same_P)
+
+
+def score_remarks(score_P: np.ndarray, what: str = "pairs") -> list[str]:
+    """About scores (cosine): all equal, or nearer to each other than the thresholds that are tried."""
+    if not len(score_P):
+        return []
+    low, high = float(np.min(score_P)), float(np.max(score_P))
+    if high - low <= _EQUAL:
+        return [f"the scores of all {what} are equal ({low:.6f}): these embeddings tell nobody apart; "
+                "check weights and images"]  # fmt: skip
+    if 2 * (high - low) < ACCURACY_GRID[2]:
+        return [f"the scores of all {what} lie within {high - low:.2g} of each other: these embeddings "
+                "hardly tell anybody apart; check weights and images"]  # fmt: skip
+    return []
+
+
+def norm_remarks(norm_N: np.ndarray, what: str = "embeddings") -> list[str]:
+    """About embeddings of length zero, whose cosine to anything is 0."""
+    zero = np.flatnonzero(norm_N == 0)
+    if not len(zero):
+        return []
+    return [
+        f"{len(zero)} of {len(norm_N):,} {what} are zero (the first is number {zero[0]}): their scores mean nothing"
+    ]
+
+
+def far_remarks(fars: Sequence[float], num_impostors: int, which: str = "") -> list[str]:
+    """About false-accept rates that so many impostor pairs cannot show: one accepted pair is more."""
+    below = [far for far in fars if far * num_impostors * (1 + 1e-12) < 1]
+    if not below or not num_impostors:
+        return []
+    names = ", ".join(f"{far:g}" for far in below)
+    return [f"FAR {names} lies below what {num_impostors:,} impostor pairs{' ' * bool(which)}{which} can show "
+            f"(1/{num_impostors} = {1 / num_impostors:.1e}): no impostor is accepted there"]  # fmt: skip
+
+
+def template_remarks(
+    protocol: TemplateProtocol, template_TD: np.ndarray, score_P: np.ndarray, fars: Sequence[float],
+    num_outside: int | None = None,
+) -> list[str]:  # fmt: skip
+    """About a template protocol and its scores. ``num_outside``: images with a landmark outside of the picture."""
+    remarks = []
+    if num_outside:
+        remarks.append(
+            f"{num_outside:,} of {len(protocol.image_N):,} images have a landmark outside of the picture: they are "
+            "aligned and embedded all the same; check the landmark list"
+        )
+    remarks += norm_remarks(np.abs(template_TD).max(1), "templates")
+    remarks += score_remarks(score_P)
+    remarks += far_remarks(fars, int(np.count_nonzero(~protocol.same_P)))
+    itself = int(np.count_nonzero(protocol.left_P == protocol.right_P))
+    if itself:
+        remarks.append(f"{itself:,} pairs compare a template with itself")
+    low_P, high_P = np.minimum(protocol.left_P, protocol.right_P), np.maximum(protocol.left_P, protocol.right_P)
+    return remarks + _repeats(low_P, high_P, protocol.same_P)
+
+
+def distractor_remarks(
+    result: DistractorResult, sizes: Sequence[int], fars: Sequence[float], num_distractors: int
+) -> list[str]:
+    """About identification among distractors: what was asked for and cannot be measured with so few."""
+    remarks = []
+    beyond = [size for size in sizes if size > num_distractors]
+    if beyond:
+        names = ", ".join(f"{size:,}" for size in beyond)
+        remarks.append(f"{names} distractors were asked for, there are {num_distractors:,}: the figures stop there")
+    remarks += far_remarks(fars, result.num_impostor)
+    return remarks + score_remarks(np.array(result.score_range), "genuine and impostor pairs")
+
+
+def _image_remarks(image_NHWC: np.ndarray, same_P: np.ndarray) -> list[str]:
+    """About pairs of one image with itself and pairs that are listed again, told by the pixels."""
+    number: dict[int, int] = {}  # pixels -> which distinct image
+    distinct_N = np.array([number.setdefault(hash(image.tobytes()), len(number)) for image in image_NHWC])
+    left_P, right_P = distinct_N[0::2], distinct_N[1::2]
+    itself = np.flatnonzero(left_P == right_P)
+    remarks = []
+    if len(itself):
+        different = int(np.count_nonzero(~same_P[itself]))
+        called = f", {different} of them called different people" if different else ""
+        remarks.append(f"{len(itself)} pairs hold the same image on both sides (the first is pair {itself[0]}){called}")
+    return remarks + _repeats(np.minimum(left_P, right_P), np.maximum(left_P, right_P), same_P)
+
+
+def _repeats(low_P: np.ndarray, high_P: np.ndarray, same_P: np.ndarray) -> list[str]:
+    """About pairs that occur again, in either order; and with the other label."""
+    width = int(high_P.max()) + 1
+    if int(low_P.min()) < 0 or int(high_P.max()) >= 2**62 // width:  # ids that do not combine: number them
+        ids, both = np.unique(np.concatenate([low_P, high_P]), return_inverse=True)
+        low_P, high_P, width = both[: len(low_P)], both[len(low_P) :], len(ids)
+    order_P = np.sort((low_P.astype(np.int64) * width + high_P) * 2 + same_P)
+    again = (order_P[1:] >> 1) == (order_P[:-1] >> 1)
+    num_again = int(np.count_nonzero(again))
+    if not num_again:
+        return []
+    both_ways = int(np.count_nonzero(again & (order_P[1:] != order_P[:-1])))
+    called = f", {both_ways} times with the other label" if both_ways else ""
+    return [f"{num_again:,} of {len(low_P):,} pairs repeat an earlier one{called}: they count again"]
