@@ -19,7 +19,7 @@ from eval.stream import digest, embed_to_file, partial_files, partial_key
 from utils import distributed
 from utils.errors import UserError
 from utils.files import file_digest, file_stamps
-from utils.photos.align import align_face
+from utils.photos.align import align_face, lies_outside
 from utils.system import threads_of_rank
 
 CHUNK = 512  # images between two savings; a cache goes on at any batch size
@@ -118,9 +118,8 @@ def read_aligned(protocol: TemplateProtocol, index: int, size: int) -> tuple[np.
     if protocol.landmark_N52 is None:
         return read_image(path, size), False
     image, landmark_52 = read_image(path), protocol.landmark_N52[index]
-    outside = (landmark_52 < 0).any() or (landmark_52 > (image.shape[1] - 1, image.shape[0] - 1)).any()
     try:
-        return align_face(image, landmark_52, size), bool(outside)
+        return align_face(image, landmark_52, size), lies_outside(landmark_52, image.shape)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -35,7 +35,7 @@ def draw_histogram(
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     low, high = float(np.min(score_P)), float(np.max(score_P))
-    edges = np.linspace(low, high if high > low else low + 1e-6, 81)
+    edges = np.linspace(low, max(high, low + 1e-6), 81)
     for label, chosen, colour in (("impostor", ~same_P, _COLOURS[1]), ("genuine", same_P, _COLOURS[0])):
         counts, _ = np.histogram(score_P[chosen], edges)
         density = counts / max(1, counts.sum()) / np.diff(edges)

@@ -84,17 +84,20 @@ def far_remarks(fars: Sequence[float], num_impostors: int, which: str = "") -> l
             f"(1/{num_impostors} = {1 / num_impostors:.1e}): no impostor is accepted there"]  # fmt: skip
 
 
+def landmark_remarks(num_outside: int | None, num_images: int) -> list[str]:
+    """About images with a landmark outside of the picture; None: nobody counted."""
+    if not num_outside:
+        return []
+    return [f"{num_outside:,} of {num_images:,} images have a landmark outside of the picture: they are aligned and "
+            "embedded all the same; check the landmark list"]  # fmt: skip
+
+
 def template_remarks(
     protocol: TemplateProtocol, template_TD: np.ndarray, score_P: np.ndarray, fars: Sequence[float],
     num_outside: int | None = None,
 ) -> list[str]:  # fmt: skip
     """About a template protocol and its scores. ``num_outside``: images with a landmark outside of the picture."""
-    remarks = []
-    if num_outside:
-        remarks.append(
-            f"{num_outside:,} of {len(protocol.image_N):,} images have a landmark outside of the picture: they are "
-            "aligned and embedded all the same; check the landmark list"
-        )
+    remarks = landmark_remarks(num_outside, len(protocol.image_N))
     remarks += norm_remarks(np.abs(template_TD).max(1), "templates")
     remarks += score_remarks(score_P)
     remarks += far_remarks(fars, int(np.count_nonzero(~protocol.same_P)))

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +175,100 @@ def test_without_a_name_the_cache_lies_with_the_results_and_follows_the_weights(
     assert "made anew" in capsys.readouterr().err
     assert embedder.calls == 2 * calls
     assert not np.array_equal(first, np.load(folder / "out" / "scores.npy"))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_crops_that_were_overwritten_are_embedded_again(mini, embedder, capsys, own):
+    """Under the same names and in the same folder, as a second detector leaves them; sizes alone or times alone too."""
+    folder, arguments, made = mini
+    if own:
+        write_csv_protocol(folder / "own", made)
+        arguments = ["--model", str(folder / "model"), "--protocol", str(folder / "own"), *arguments[-2:]]
+    crops = folder / "own" if own else folder / "MINI" / "loose_crop"
+    main(arguments)
+    first, calls = np.load(folder / "out" / "scores.npy"), embedder.calls
+    capsys.readouterr()
+    main(arguments)
+    told = capsys.readouterr().err
+    assert embedder.calls == calls and "features of 36 images reused from" in told and "same images" in told
+    for path in crops.glob("*.png"):
+        cv2.imwrite(str(path), 255 - cv2.imread(str(path)))
+    main(arguments)
+    assert "made anew" in capsys.readouterr().err and embedder.calls == 2 * calls
+    assert not np.array_equal(first, np.load(folder / "out" / "scores.npy"))
+    path = next(crops.glob("*.png"))
+    before = path.stat()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    main(arguments)
+    assert embedder.calls == 3 * calls
+    path.write_bytes(path.read_bytes() + b" ")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    main(arguments)
+    assert embedder.calls == 4 * calls
+
+
+def test_a_named_cache_of_overwritten_crops_is_an_error_with_a_way_out(mini, embedder, capsys):
+    folder, arguments, _ = mini
+    cache = ["--features", str(folder / "f.npy")]
+    main([*arguments, *cache])
+    calls = embedder.calls
+    for path in (folder / "MINI" / "loose_crop").iterdir():
+        os.utime(path, ns=(0, 0))
+    with pytest.raises(SystemExit):
+        main([*arguments, *cache])
+    assert "sizes or times of the image files are not those it was made from" in capsys.readouterr().err
+    (folder / "f.npy.json").unlink()
+    main([*arguments, *cache])
+    assert "on trust" in capsys.readouterr().err
+    shutil.rmtree(folder / "MINI" / "loose_crop")
+    (folder / "MINI" / "loose_crop").mkdir()
+    main([*arguments, *cache])  # the features alone are enough
+    assert embedder.calls == calls
+
+
+def test_an_unfinished_cache_embeds_again_what_changed_and_nothing_else(mini, embedder, monkeypatch):
+    folder, arguments, _ = mini
+    monkeypatch.setattr(features, "CHUNK", 5)
+    main([*arguments, "--features", str(folder / "whole.npy")])
+    embedder.calls, embedder.fail_after = 0, 7  # three chunks of five, two passes each
+    cache = ["--features", str(folder / "f.npy")]
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, *cache])
+    second = read_ijb(folder / "MINI", "MINI").image_N[7]  # in the second chunk
+    os.utime(folder / "MINI" / "loose_crop" / second, ns=(0, 0))
+    embedder.calls, embedder.fail_after = 0, None
+    main([*arguments, *cache])
+    assert embedder.calls == 2 * 6  # five chunks that were left and the one with the changed file
+    np.testing.assert_array_equal(np.load(folder / "whole.npy"), np.load(folder / "f.npy"))
+
+
+OTHER = """
+import sys, time
+from eval.stream import claimed
+with claimed(sys.argv[1], "x", sys.argv[2]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("what", ["folder", "cache"])
+def test_one_process_a_result_folder_and_a_cache(mini, embedder, capsys, what):
+    folder, arguments, _ = mini
+    out = folder / "out"
+    place = (out, "owner") if what == "folder" else (folder, "f.npy.owner")
+    other = subprocess.Popen([sys.executable, "-c", OTHER, *map(str, place)], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit):
+            main([*arguments, "--features", str(folder / "f.npy")])
+        (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
+        assert f"in use by process {other.pid}" in line
+        assert not (folder / "f.npy").exists() and embedder.calls == 0
+    finally:
+        other.kill()
+        other.wait()
+    main([*arguments, "--features", str(folder / "f.npy")])  # the dead one's claim is taken over
+    assert (out / "ijb.json").is_file() and not list(folder.glob("**/*owner_*"))
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(mini, embedder, capsys, monkeypatch):

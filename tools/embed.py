@@ -12,19 +12,24 @@ where there are any. Big folders stream at flat memory; an interrupted run goes 
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
 from eval.embed import load_embedder
 from eval.engines import ENGINES
-from eval.stream import digest, embed_to_file
+from eval.options import print_warnings
+from eval.remarks import landmark_remarks
+from eval.stream import claimed, digest, embed_to_file
+from eval.vectors import row_norms
 from utils import distributed
 from utils.errors import UserError, one_line_errors
+from utils.files import written_whole
 from utils.photos.detect import build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, read_landmarks
 
@@ -47,7 +52,7 @@ def collect_faces(args: argparse.Namespace) -> list[Face]:
 
 def save_faces(output: Path, faces: list[Face], embedding_ND: np.ndarray) -> None:
     """Write the ``.npz`` in one piece."""
-    norm_N = np.linalg.norm(embedding_ND, axis=1)
+    norm_N = row_norms(embedding_ND)
     bad = np.flatnonzero(~(norm_N > 0) | ~np.isfinite(norm_N))
     if len(bad):
         raise UserError(f"{faces[bad[0]].path}: its embedding is zero or not finite; check the weights")
@@ -59,12 +64,8 @@ def save_faces(output: Path, faces: list[Face], embedding_ND: np.ndarray) -> Non
     }
     if all(face.landmark_52 is not None for face in faces):
         content["landmark"] = np.stack([face.landmark_52 for face in faces]).astype(np.float32)
-    aside = output.with_name(f".{output.name}.tmp.npz")
-    try:
+    with written_whole(output) as aside:
         np.savez(aside, **content)
-        aside.replace(output)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @one_line_errors
@@ -90,24 +91,35 @@ def main(argv: list[str] | None = None) -> None:
     if args.landmarks is not None and args.detector is not None:
         raise UserError("--landmarks and --detector exclude each other")
     distributed.init(args.device)
-    failure, faces, embedder = None, [], None
-    try:
-        faces = collect_faces(args)
-        embedder = load_embedder(args.model, args.network, args.engine, args.batch_size)
-    except Exception as error:  # told to the other ranks, which wait
-        failure = error
-    distributed.raise_together(failure)
-    images = AlignedFaces(faces, embedder.input_size, resize=args.resize)
-    raw = args.output.with_name(f".{args.output.name}.raw.npy")
-    flip = "none" if args.no_flip else "add"
-    stamp = [(face.path, face.path.stat().st_mtime_ns, face.landmark_52) for face in faces]
-    embedding_ND = embed_to_file(embedder, images, raw, flip=flip, key=digest(stamp))
-    if distributed.get_rank() != 0:
-        return
-    try:
-        save_faces(args.output, faces, np.asarray(embedding_ND))
-    finally:
-        raw.unlink(missing_ok=True)
+    with claimed(args.output.parent, "name another --output", f"{args.output.name}.owner"):
+        faces, embedder, stamps = [], None, None
+        with distributed.together():
+            faces = collect_faces(args)
+            embedder = load_embedder(args.model, args.network, args.engine, args.batch_size)
+            stamps = [(file.st_size, file.st_mtime_ns) for file in (face.path.stat() for face in faces)]
+        images = AlignedFaces(faces, embedder.input_size, resize=args.resize)
+        raw = args.output.with_name(f".{args.output.name}.raw.npy")
+        embedding_ND = embed_to_file(
+            embedder,
+            images,
+            raw,
+            flip="none" if args.no_flip else "add",
+            key=digest([(face.path, face.landmark_52) for face in faces]),
+            stamps=stamps,
+            flagged=images.outside.__contains__,
+            record={},
+            name_of=lambda index: faces[index].path,
+        )
+        if distributed.get_rank() != 0:
+            return
+        record = Path(f"{raw}.json")
+        try:
+            num_outside = json.loads(record.read_text(encoding="utf-8"))["flagged"]
+            save_faces(args.output, faces, np.asarray(embedding_ND))
+        finally:
+            raw.unlink(missing_ok=True)
+            record.unlink(missing_ok=True)
+    print_warnings(landmark_remarks(num_outside, len(faces)))
     print(f"{len(faces)} faces by {embedder.engine}, {embedder.embedding_size} numbers each: {args.output}")
 
 

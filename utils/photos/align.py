@@ -49,3 +49,9 @@ def align_face(image: np.ndarray, landmark_52: np.ndarray, size: int = 112) -> n
     if size == 112:
         return aligned
     return cv2.resize(aligned, (size, size), interpolation=cv2.INTER_AREA if size < 112 else cv2.INTER_LINEAR)
+
+
+def lies_outside(landmark_52: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether one of the landmarks lies outside of an image of this shape [H, W, ...]; pixel centres are whole."""
+    landmark_52 = np.asarray(landmark_52)
+    return bool((landmark_52 < -0.5).any() or (landmark_52 > (shape[1] - 0.5, shape[0] - 0.5)).any())

@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
-from utils.photos.align import align_face
+from utils.photos.align import align_face, lies_outside
 from utils.photos.detect import Detector, choose_faces
 from utils.photos.photo import read_photo
 
@@ -94,11 +94,13 @@ def detect_faces(paths: list[Path], detect: Detector, every: bool) -> tuple[list
 class AlignedFaces:
     """A sequence of aligned crops, read when asked for: ``len`` and ``[i]`` -> uint8 RGB [size, size, 3].
 
-    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored.
+    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored. ``outside``
+    collects the numbers of faces that were read and have a landmark outside of their photo.
     """
 
     def __init__(self, faces: list[Face], size: int, resize: bool = False):
         self.faces, self.size, self.resize = faces, size, resize
+        self.outside: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.faces)
@@ -106,7 +108,10 @@ class AlignedFaces:
     def __getitem__(self, index: int) -> np.ndarray:
         face = self.faces[index]
         if face.landmark_52 is not None:
-            return align_face(read_photo(face.path), face.landmark_52, self.size)
+            photo = read_photo(face.path)
+            if lies_outside(face.landmark_52, photo.shape):
+                self.outside.add(index)
+            return align_face(photo, face.landmark_52, self.size)
         image = read_image(face.path)
         if image.shape[:2] != (self.size, self.size):
             if not self.resize:
