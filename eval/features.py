@@ -119,7 +119,7 @@ def read_aligned(protocol: TemplateProtocol, index: int, size: int) -> tuple[np.
         return read_image(path, size), False
     image, landmark_52 = read_image(path), protocol.landmark_N52[index]
     try:
-        return align_face(image, landmark_52, size), lies_outside(landmark_52, image.shape)
+        return align_face(image, landmark_52, size, antialias=False), lies_outside(landmark_52, image.shape)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--far", type=float, default=1e-3, help="false-accept rate aimed at (default: %(default)s)")
     parser.add_argument("--landmarks", type=Path, help="list of five points a face (see tools/embed.py)")
     parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file for OpenCV's FaceDetectorYN")
-    parser.add_argument("--min-score", type=float, help="least detector score (default: the detector's own; YuNet 0.8)")
+    parser.add_argument("--min-score", type=float, help="least detector score (default: YuNet 0.8, mtcnn 0.7)")
     parser.add_argument("--resize", action="store_true", help="resize crops of another size")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     args = parser.parse_args(argv)

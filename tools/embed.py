@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help=".npz file to write")
     parser.add_argument("--landmarks", type=Path, help="list of five points a face")
     parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file for OpenCV's FaceDetectorYN")
-    parser.add_argument("--min-score", type=float, help="least detector score (default: the detector's own; YuNet 0.8)")
+    parser.add_argument("--min-score", type=float, help="least detector score (default: YuNet 0.8, mtcnn 0.7)")
     parser.add_argument("--all-faces", action="store_true", help="every face of a photo, not the largest alone")
     parser.add_argument("--resize", action="store_true", help="resize crops of another size")
     parser.add_argument("--no-flip", action="store_true", help="without the mirror image's embedding")

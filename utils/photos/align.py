@@ -38,13 +38,18 @@ def similarity_transform(source_K2: np.ndarray, target_K2: np.ndarray) -> np.nda
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
-def align_face(image: np.ndarray, landmark_52: np.ndarray, size: int = 112) -> np.ndarray:
-    """Warp a crop (uint8, [H, W] or [H, W, C]) onto the 112x112 template, then resize to ``size`` x ``size``.
+def align_face(image: np.ndarray, landmark_52: np.ndarray, size: int = 112, antialias: bool = True) -> np.ndarray:
+    """Warp a photo (uint8, [H, W] or [H, W, C]) onto the 112x112 template, then resize to ``size`` x ``size``.
 
-    Bilinear, black outside the crop. Warping straight to a smaller size would skip pixels (aliasing), and training
-    resizes its aligned 112x112 images in the same way.
+    Bilinear, black outside the photo. Where the face is more than twice as large as in the template, blocks of pixels
+    are averaged first: bilinear sampling alone would skip most of them (aliasing). ``antialias=False`` leaves this out,
+    as published protocols do. Warping straight to a smaller size would skip pixels too, and training resizes its
+    aligned 112x112 images in the same way.
     """
     matrix_23 = similarity_transform(landmark_52, np.asarray(ARCFACE_TEMPLATE))
+    block = int(1 / np.hypot(matrix_23[0, 0], matrix_23[1, 0])) if antialias else 1
+    if block > 1:
+        image, matrix_23 = _averaged(image, matrix_23, block)
     aligned = cv2.warpAffine(image, matrix_23, (112, 112), borderValue=0)
     if size == 112:
         return aligned
@@ -55,3 +60,21 @@ def lies_outside(landmark_52: np.ndarray, shape: tuple[int, ...]) -> bool:
     """Whether one of the landmarks lies outside of an image of this shape [H, W, ...]; pixel centres are whole."""
     landmark_52 = np.asarray(landmark_52)
     return bool((landmark_52 < -0.5).any() or (landmark_52 > (shape[1] - 0.5, shape[0] - 0.5)).any())
+
+
+def _averaged(image: np.ndarray, matrix_23: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The part of the image that the warp reads, ``block`` x ``block`` pixels averaged into one, and its warp."""
+    corner_42 = np.array([[-1, -1], [112, -1], [112, 112], [-1, 112]], np.float64)
+    source_42 = (corner_42 - matrix_23[:, 2]) @ np.linalg.inv(matrix_23[:, :2]).T
+    first_2 = np.maximum(np.floor(source_42.min(axis=0)) - block, 0).astype(int)
+    last_2 = np.minimum(np.ceil(source_42.max(axis=0)) + block, image.shape[1::-1]).astype(int)
+    part = image[first_2[1] : max(last_2[1], first_2[1] + 1), first_2[0] : max(last_2[0], first_2[0] + 1)]
+    if part.size == 0:  # the face lies outside the photo
+        return image[:1, :1], matrix_23
+    below, right = -part.shape[0] % block, -part.shape[1] % block
+    part = cv2.copyMakeBorder(part, 0, below, 0, right, cv2.BORDER_CONSTANT, value=0)
+    small = cv2.resize(part, (part.shape[1] // block, part.shape[0] // block), interpolation=cv2.INTER_AREA)
+    # x = first + block x' + (block - 1) / 2 for the centre of the pixel x' of the small image.
+    turn_22 = matrix_23[:, :2]
+    shift_2 = matrix_23[:, 2] + turn_22 @ (first_2 + (block - 1) / 2)
+    return small, np.hstack([block * turn_22, shift_2[:, None]])

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
+from utils.photos.mtcnn import OUTPUT_SCORE, Mtcnn
 
 Detector = Callable[[np.ndarray], list["DetectedFace"]]
 LARGEST_SIDE = 1600  # a longer photo is shrunk to this for detection alone
@@ -55,18 +56,18 @@ def build_detector(name: str | Path, min_score: float | None = None) -> Detector
 
     Args:
         name: ``mtcnn`` or the path of a YuNet ``.onnx``.
-        min_score: least score of a face; None: the detector's own default (0.8 for YuNet).
+        min_score: least score of a face; None: the detector's own default (0.7 for MTCNN, 0.8 for YuNet).
 
     Returns:
-        uint8 RGB [H, W, 3] -> faces, best score first. Threads may share it: each gets networks of its own.
+        uint8 RGB [H, W, 3] -> faces, best score first. Threads may share it.
 
     Raises:
-        UserError: no such detector, a file that is not one, a score outside 0 ... 1.
+        UserError: no such detector, a file that is not one, a missing package, a score outside 0 ... 1.
     """
     if min_score is not None and not 0 <= min_score <= 1:
         raise UserError(f"--min-score {min_score}: a detector's score lies in 0 ... 1")
-    if str(name) in NAMES:
-        raise UserError(f"--detector {name}: not there yet")
+    if str(name) == "mtcnn":
+        return _Mtcnn(OUTPUT_SCORE if min_score is None else min_score)
     path = Path(name)
     if not path.is_file():
         raise UserError(f"{path}: no such detector; it is {' or '.join(NAMES)}, or OpenCV's YuNet .onnx file, from the "
@@ -127,7 +128,26 @@ class PointsBack:
 
     def box(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         """The same for a box: its edges."""
-        return tuple(float(value) for value in self(np.reshape(box, (2, 2))).ravel())
+        return tuple(float(value) for value in (np.reshape(box, (2, 2)) * self.ratio_2).ravel())
+
+
+def _shrunk(image: np.ndarray) -> np.ndarray:
+    return scaled(image, min(1.0, LARGEST_SIDE / max(image.shape[:2])))
+
+
+class _Mtcnn:
+    """``utils.photos.mtcnn`` at the size of detection; its networks are shared by threads."""
+
+    def __init__(self, min_score: float):
+        self.network = Mtcnn(min_score=min_score)
+
+    def __call__(self, image: np.ndarray) -> list[DetectedFace]:
+        small = _shrunk(image)
+        back = PointsBack(image, small)
+        return [
+            DetectedFace(back(landmark_52), float(score), back.box(box))
+            for box, landmark_52, score in zip(*self.network(small), strict=True)
+        ]
 
 
 class _Yunet:
@@ -141,7 +161,7 @@ class _Yunet:
             raise UserError(f"{path}: OpenCV cannot load it as a YuNet detector ({error.err})") from None
 
     def __call__(self, image: np.ndarray) -> list[DetectedFace]:
-        small = scaled(image, min(1.0, LARGEST_SIDE / max(image.shape[:2])))
+        small = _shrunk(image)
         back = PointsBack(image, small)
         self.network.setInputSize((small.shape[1], small.shape[0]))
         try:

