@@ -74,7 +74,7 @@ def eye_middles(faces):
 
 @needs_networks
 def test_the_six_people_of_the_group_photo_at_any_size():
-    """Each between the eyes to 16 pixels, a sixth of a face's width; shrunk for detection (3 times as large) and as it is."""
+    """Each between the eyes to a sixth of a face's width; as the photo is, and 3 times as large (shrunk to detect)."""
     detect = build_detector("mtcnn")
     for factor in (1, 3):
         photo = group() if factor == 1 else cv2.resize(group(), None, fx=3, fy=3, interpolation=cv2.INTER_CUBIC)
