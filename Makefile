@@ -9,7 +9,7 @@ CREATE_VENV = $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	{ echo "error: $(PYTHON) cannot make virtual environments; run: apt-get install python3-venv" >&2; exit 1; }; \
 	$(PYTHON) -m venv
 
-.PHONY: help setup demo demo-splits test test-oldest test-slow soak gpu-check gpu-kernels bench lint format clean
+.PHONY: help setup demo demo-splits test test-oldest test-slow test-device soak gpu-check gpu-kernels bench lint format clean
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -53,6 +53,10 @@ test: setup ## the test suite on Paddle 3.3.1
 
 test-oldest: .venv-oldest/.done ## the core on Paddle 2.6.2
 	.venv-oldest/bin/python -m pytest -n 2 -m 'oldest and not slow' $(PYTEST)
+
+test-device: setup ## the test suite's part on a device that is not the CPU (tests/device)
+	CUSTOM_DEVICE_ROOT=$$($(PY) tests/device/build.py) FLAGS_free_idle_chunk=1 GLOG_minloglevel=2 \
+		$(PY) -m pytest -n 2 -m 'device and not slow' tests/device $(PYTEST)
 
 test-slow: setup ## large networks and long runs
 	$(PY) -m pytest -n 1 -m slow --timeout 3600 $(PYTEST)

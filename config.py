@@ -45,7 +45,7 @@ class RunConfig(Section):
 
     output: str | None = None  # run directory; work_dirs/<name of the YAML file> if not given
     seed: NonNegativeInt = 2048
-    device: Literal["auto", "cpu", "gpu", "npu", "xpu"] = "auto"  # auto: gpu where one is usable, else cpu
+    device: str = "auto"  # auto: an accelerator where there is one, else cpu; or cpu, gpu, xpu, npu, ...
     epochs: PositiveInt = 20
     max_steps: NonNegativeInt = 0  # stop after so many updates (the schedule then ends there); 0: by epochs
     batch_size: PositiveInt = 128  # images of one rank in one micro-batch

@@ -1,6 +1,7 @@
-"""Shared pytest set-up: the repository root is importable, GPU tests skip without a GPU."""
+"""Shared pytest set-up: the repository root is importable, tests of a GPU or of the test device skip without one."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,10 @@ collect_ignore = [
 
 def pytest_collection_modifyitems(items):
     """Skip ``gpu`` tests where no GPU can be used; paddle is imported only if there are any."""
+    if "CUSTOM_DEVICE_ROOT" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("device"):
+                item.add_marker(pytest.mark.skip(reason="the test device is not loaded; run make test-device"))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -40,7 +40,7 @@ from utils.run.state import Run, find_resume, fit_batch, restore, seed_update
 from utils.run.steps import Update, fetch, finish, log_update, report_odd, save
 from utils.run.summary import summarize
 from utils.run.watchdog import Watchdog
-from utils.system import gpu_capability, keep_freed_memory, pick_device
+from utils.system import gpu_capability, keep_freed_memory
 from utils.weights.initial import load_initial
 from utils.weights.states import save_pdparams
 
@@ -221,9 +221,7 @@ def open_source(config: Config) -> tuple:
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     config = parse_arguments(argv, DEFAULT_CONFIG, __doc__)
-    device = pick_device(config.run.device)
-    distributed.init(device)
-    if device == "cpu":
+    if distributed.init(config.run.device) == "cpu":
         keep_freed_memory()
     with owned_run_folder(config.run.output):
         run = build(config)

@@ -19,6 +19,7 @@ from utils.errors import UserError
 
 BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9
+RUNNING_NORMS = (nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm)  # what keeps running statistics
 
 
 def check_format(data_format: str) -> str:
@@ -122,7 +123,7 @@ def run_block(block: nn.Layer, x: paddle.Tensor, recompute: bool) -> paddle.Tens
     """
     if not (recompute and block.training and paddle.is_grad_enabled()) or x.stop_gradient:
         return block(x)
-    norms = [part for part in block.sublayers(include_self=True) if isinstance(part, nn.BatchNorm2D)]
+    norms = [part for part in block.sublayers(include_self=True) if isinstance(part, RUNNING_NORMS)]
     momenta = [norm._momentum for norm in norms]
     first_state = paddle.get_rng_state()
     passes = 0

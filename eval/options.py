@@ -23,9 +23,10 @@ _SUFFIXES = (
 )
 
 
-def default_device() -> str:
-    """``gpu`` where this Paddle has one to use, else ``cpu``."""
-    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() else "cpu"
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Where it runs; ``utils.distributed.init`` takes it."""
+    kinds = "auto (an accelerator where there is one), cpu, gpu, xpu, npu or another plug-in's"
+    parser.add_argument("--device", default="auto", help=f"{kinds} (default: auto)")
 
 
 def default_result_dir(model: str, kind: str) -> Path:
@@ -49,7 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser, model_help: str, required
     parser.add_argument(
         "--engine", default="auto", help="how to run the network: auto, dynamic, static, predictor, onnx"
     )
-    parser.add_argument("--device", default=default_device(), help="cpu, gpu, npu or xpu (default: %(default)s)")
+    add_device_option(parser)
 
 
 def add_report_options(parser: argparse.ArgumentParser, results: str) -> None:

@@ -203,7 +203,7 @@ def store_lazy_shard(me: Rank, folder: Path) -> None:
 
 
 def main() -> None:
-    distributed.init("cpu")
+    distributed.init(*sys.argv[2:3] or ["cpu"])
     me = Rank()
     check_against_definition(me)
     check_average_is_one_process(me)

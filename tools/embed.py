@@ -23,7 +23,7 @@ import numpy as np
 
 from eval.embed import load_embedder
 from eval.engines import ENGINES
-from eval.options import print_warnings
+from eval.options import add_device_option, print_warnings
 from eval.remarks import landmark_remarks
 from eval.stream import claimed, digest, embed_to_file
 from eval.vectors import row_norms
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-flip", action="store_true", help="without the mirror image's embedding")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or xpu (default: %(default)s)")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     if args.output.suffix != ".npz":
         raise UserError(f"--output {args.output}: the name must end in .npz")

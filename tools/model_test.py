@@ -18,6 +18,7 @@ from prettytable import PrettyTable
 from eval.bins import load_bin
 from eval.embed import load_embedder
 from eval.engines import ENGINES
+from eval.options import add_device_option
 from eval.pairs import KNOWN_SETS, result_row, result_table, verify
 from utils import distributed
 from utils.errors import UserError, one_line_errors
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results.txt"), help="table (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
-    parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or xpu (default: %(default)s)")
+    add_device_option(parser)
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")

@@ -16,31 +16,22 @@ import paddle
 import paddle.distributed as dist
 
 from utils.errors import UserError
-from utils.system import gpu_capability, without_machine_code
+from utils.system import gpu_capability, pick_device, without_machine_code
 
 
-def init(device: str = "cpu") -> None:
+def init(device: str = "cpu") -> str:
     """Join the process group if the launcher started several processes; select the device.
 
     Args:
-        device: ``cpu``, ``gpu``, ``npu`` or ``xpu``. An accelerator index is taken from the launcher.
+        device: a type that ``utils.system.pick_device`` knows, or ``auto``. Its index is taken from the launcher.
+
+    Returns:
+        The device type selected.
 
     Raises:
-        UserError: the device is unknown, or this Paddle was built without it.
+        UserError: Paddle has no such device here, or no machine code for it.
     """
-    supported = {
-        "cpu": lambda: True,
-        "gpu": paddle.device.is_compiled_with_cuda,
-        "npu": lambda: "npu" in paddle.device.get_all_custom_device_type(),
-        "xpu": paddle.device.is_compiled_with_xpu,
-    }
-    if device not in supported:
-        raise UserError(f"run.device: {device!r} is not one of {', '.join(supported)}")
-    if not supported[device]():
-        raise UserError(
-            f"run.device: {device!r} asked for, but the installed paddle {paddle.__version__} was built without it; "
-            "install the matching paddle package or set run.device=cpu"
-        )
+    device = pick_device(device)
     if device == "cpu":
         paddle.set_device("cpu")
     else:
@@ -55,6 +46,7 @@ def init(device: str = "cpu") -> None:
             # Without a backend named, a CUDA build of Paddle would pick NCCL for CPU tensors.
             os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
         dist.init_parallel_env()
+    return device
 
 
 def get_rank() -> int:

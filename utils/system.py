@@ -10,6 +10,8 @@ import math
 import os
 import sys
 
+from utils.errors import UserError
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 1 << 21
@@ -54,21 +56,56 @@ def gpu_capability() -> tuple[int, int] | None:
     return paddle.device.cuda.get_device_capability(place) if place.startswith("gpu") else None
 
 
-def pick_device(name: str) -> str:
-    """``auto`` is a GPU where Paddle can use one, the CPU otherwise."""
-    if name != "auto":
-        return name
+def available_devices() -> tuple[str, ...]:
+    """Device types that the installed Paddle can use on this machine, the one that ``auto`` takes first.
+
+    GPUs and XPUs that this build is for and finds, then the types of device plug-ins (``npu``, ...), then the CPU.
+    """
     import paddle
 
-    return "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0 else "cpu"
+    device, found = paddle.device, []
+    if device.is_compiled_with_cuda() and device.cuda.device_count() > 0:
+        found.append("gpu")
+    if device.is_compiled_with_xpu() and paddle.base.core.get_xpu_device_count() > 0:
+        found.append("xpu")
+    return (*found, *(device.get_all_custom_device_type() or ()), "cpu")
+
+
+def pick_device(name: str = "auto") -> str:
+    """The device type that a run, an evaluation or a tool asked for; ``auto`` is an accelerator where there is one.
+
+    Raises:
+        UserError: Paddle has no such device here.
+    """
+    available = available_devices()
+    if name == "auto":
+        return available[0]
+    if name not in available:
+        import paddle
+
+        raise UserError(
+            f"device {name!r} asked for (run.device, --device), but the installed paddle {paddle.__version__} finds "
+            f"{', '.join(available)} here; choose one of these or install the paddle build for {name}"
+        )
+    return name
+
+
+def on_cpu() -> bool:
+    """Whether new tensors lie in the host's memory."""
+    import paddle
+
+    return paddle.get_device() == "cpu"
 
 
 def peak_memory_mb() -> float:
-    """Peak of this process: allocated on the GPU, resident on CPU."""
+    """Peak of this process: allocated on an accelerator (NaN where Paddle 2 does not say), resident on CPU."""
     import paddle
 
     if paddle.get_device().startswith("gpu"):
         return paddle.device.cuda.max_memory_allocated() / 2**20
+    if not on_cpu():
+        peak = getattr(paddle.device, "max_memory_allocated", None)
+        return peak(paddle.get_device()) / 2**20 if peak else math.nan
     try:
         import resource
     except ImportError:  # Windows

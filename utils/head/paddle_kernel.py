@@ -145,6 +145,8 @@ class PaddleKernel:
         For unit-length rows ``dq/dw = inv (u - q w inv)``, hence the projection ``g - (g . w) inv^2 w``;
         the optimiser takes ``g`` and the coefficient ``(g . w) inv^2`` apart, which saves passes.
         """
+        if ids_S is not None and not len(ids_S):  # all of the update's classes are other ranks': no chunk, no dtype
+            return
         dtype = records[0].u_GD.dtype if records else dense[0].dtype
         for k, start, stop, ids_R in self._chunks(bank, ids_S):
             index_R, w_RD, slots = self._rows(bank, ids_R, dtype, with_slots=True)

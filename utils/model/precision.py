@@ -27,6 +27,15 @@ def check_precision(precision: str, device: str, capability: tuple[int, int] | N
             f"run.precision: bf16 asked for on a GPU of compute capability {capability[0]}.{capability[1]}, where "
             "Paddle computes in fp32 with a warning; set run.precision=fp16"
         )
+    if precision != "fp32" and not device.startswith("gpu"):  # plug-ins: only trying tells
+        with autocast(precision):
+            product = paddle.matmul(paddle.ones([2, 2]), paddle.ones([2, 2]))
+        if not str(product.dtype).endswith(DTYPES[precision]):
+            other = "fp32" if precision == "fp16" else "fp16"
+            raise UserError(
+                f"run.precision: {precision} asked for on {device}, where Paddle computes in fp32; "
+                f"set run.precision={other}"
+            )
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager:
