@@ -27,7 +27,7 @@ import numpy as np
 from dataset import Source
 from eval.embed import load_embedder
 from eval.engines import ENGINES
-from eval.options import default_device
+from eval.options import add_device_option
 from eval.pages import Page
 from tools.clean.against import Overlap, TestSet, embed_test_set, find_overlap, open_test_set
 from tools.clean.analysis import Findings, analyse
@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
     parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default=default_device(), help="cpu, gpu, npu or xpu (default: %(default)s)")
+    add_device_option(parser)
     return parser
 
 
