@@ -1,9 +1,9 @@
 """Partial FC: the classification head whose classes are split over ranks and sampled (An et al. 2021 and 2022).
 
-One file for the flow of an update; each part of it stands alone: margins are injected (``losses.py``), sampling is
-``utils/head/sampling.py``, the rows' optimiser ``utils/head/optimizers.py``, the arithmetic over class chunks
-``utils/head/paddle_kernel.py`` (any device) and ``utils/head/numpy_kernel.py`` (CPU), collectives
-``utils/distributed.py``.
+One file for the flow of an update; each part of it stands alone: margins are injected (``losses.py``), the draw is
+``utils/head/draw.py``, the rows' optimiser ``utils/head/optimizers.py``, the arithmetic over class chunks (what
+``utils/head/protocol.py`` declares) ``utils/head/paddle_kernel.py`` (any device) and ``utils/head/numpy_kernel.py``
+(CPU), collectives ``utils/distributed.py``.
 ``docs/partial_fc.md`` derives what is used here.
 
 Legend: W ranks, B samples of a rank, G = W * B, D embedding size, C classes, N local classes, S rows of the update,
@@ -18,15 +18,16 @@ import paddle
 
 from utils import distributed
 from utils.errors import UserError
+from utils.head.draw import Draw, Targets, checked_labels, draw_classes
 from utils.head.kernel import build_kernel
 from utils.head.optimizers import build_optimizer
 from utils.head.paddle_kernel import inverse_norm
-from utils.head.rows import Record, RowBank, dtype_name
-from utils.head.sampling import sample_classes
+from utils.head.protocol import Residuals, RowPass
+from utils.head.rows import RowBank, dtype_name
 
 
 class ClassShard:
-    """The contiguous classes of one rank: ``C // W`` of them, one more on each of the first ``C % W`` ranks (trap 16).
+    """The contiguous classes of one rank: ``C // W`` of them, one more on each of the first ``C % W`` ranks.
 
     Raises:
         UserError: a rank out of range, or fewer classes than ranks.
@@ -48,18 +49,38 @@ class ClassShard:
         return self.start + self.num_local
 
 
+@dataclasses.dataclass
+class HeadUpdate:
+    """What lives from a draw to the step, and no longer."""
+
+    draw: Draw
+    rows: RowPass
+    prepared: bool  # by ``prepare``, for the micro-batches that it was given
+    num_calls: int = 0
+    residuals: list[Residuals] = dataclasses.field(default_factory=list)  # of backward passes not folded yet
+    dense: object = None  # what was folded: row gradients
+    spent: list[Residuals] = dataclasses.field(default_factory=list)  # of backward passes, as the forward left them
+    bound: paddle.Tensor | None = None  # above the class gradient's length, 0-d
+    last: tuple | None = None  # (targets' part, forward, norms) of the last batch, for its angles
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a backward pass has been here."""
+        return bool(self.residuals) or self.dense is not None
+
+
 class PartialFC:
     """Class-sharded, sampled margin softmax with its own optimiser.
 
     An update: ``prepare`` (once, with the labels of all its micro-batches), then for each micro-batch
     ``head(embedding, label)`` and ``backward``, then ``step`` or ``skip_step``. Gradients add up over micro-batches:
-    divide each loss by their number.
+    divide each loss by their number. ``draw`` does the host's part of ``prepare`` ahead, while the update before runs.
 
     Args:
         num_classes, embedding_size: C and D.
         margin: a ``losses.Margin``.
         sample_rate: share of a rank's classes in each update; 1 all, 0 the batch's own classes only.
-        rank, world_size: this process's global rank (not its local one, trap 24) and W.
+        rank, world_size: this process's global rank (not its rank on its machine) and W.
         seed: of initial weights and draws.
         optimizer: ``"sgd"`` or ``"adamw"``.
         update: ``"dense"`` (what a dense optimiser would do to every row, computed lazily) or ``"sampled"`` (rows out
@@ -106,73 +127,89 @@ class PartialFC:
         self.shard = ClassShard(num_classes, rank, world_size)
         self.embedding_size, self.margin, self.sample_rate, self.seed = embedding_size, margin, sample_rate, seed
         self._optimizer_name = optimizer
-        self._optimizer = build_optimizer(optimizer, update, momentum, weight_decay, betas, epsilon)
-        self._kernel = build_kernel(backend, matmul_dtype, num_threads, chunk_rows, world_size)
-        self._bank = RowBank(self.shard.start, self.shard.num_local, embedding_size, self._optimizer, seed, dtype)
+        self._optimizer = build_optimizer(
+            name=optimizer, update=update, momentum=momentum, weight_decay=weight_decay, betas=betas, epsilon=epsilon
+        )
+        self._kernel = build_kernel(
+            backend=backend, matmul_dtype=matmul_dtype, num_threads=num_threads, chunk_rows=chunk_rows,
+            world_size=world_size,
+        )  # fmt: skip
+        self._bank = RowBank(
+            self.shard.start, self.shard.num_local, embedding_size, optimizer=self._optimizer, seed=seed, dtype=dtype
+        )
         self._anchor = paddle.zeros([1], dtype)  # makes the loss differentiable even if the embedding is not
         self._anchor.stop_gradient = False
-        self._spent: list[Record] = []
+        self._update: HeadUpdate | None = None
         self.num_updates = 0  # steps and skipped steps so far: what draws are seeded by
-        self.clear_grad()
 
     # ------------------------------------------------------------------ one update
 
-    def prepare(self, label_list: list) -> None:
-        """Draw the classes of an update, keeping the positives of all its micro-batches. All ranks call it.
+    def draw(self, micro_labels: list[np.ndarray], ahead: int = 0) -> Draw:
+        """The classes of an update and where its labels lie among them: the host's part, no collective inside.
 
         Args:
-            label_list: this rank's labels of each micro-batch, [B] each.
+            micro_labels: labels of all ranks, [G] int64 for each micro-batch (``distributed.gather_host``).
+            ahead: how many updates must have ended before this one; 1 while one is under way.
+        """
+        labels = [checked_labels(label_G, self.shard.num_classes) for label_G in micro_labels]
+        return self._drawn(labels, self.num_updates + ahead)
+
+    def prepare(self, labels: list | Draw) -> None:
+        """Take up an update: draw its classes, keeping the positives of all its micro-batches. All ranks call it.
+
+        Args:
+            labels: this rank's labels of each micro-batch, [B] each; or the ``Draw`` made of those of all ranks.
         """
         self.clear_grad()
-        self._draw(np.concatenate([self._gathered(label) for label in label_list]), sampled=None)
-        self._prepared = True
+        if not isinstance(labels, Draw):
+            labels = self._drawn(self._gathered(labels), self.num_updates)
+        elif labels.number != self.num_updates:
+            raise RuntimeError(f"prepare: a draw for update {labels.number}, this is update {self.num_updates}")
+        self._begin(labels, prepared=True)
 
-    def __call__(self, embedding_BD: paddle.Tensor, label_B: paddle.Tensor, sampled=None) -> paddle.Tensor:
+    def __call__(self, embedding_BD: paddle.Tensor, label_B, sampled=None) -> paddle.Tensor:
         """Loss of the global batch, a 0-d tensor, equal on all ranks.
 
         Its backward gives the embedding W times the gradient of that loss, because data parallelism then averages over
-        ranks (trap 12), and adds to the class gradient, which ``step`` applies. The upstream gradient scales both.
+        ranks, and adds to the class gradient, which ``step`` applies. The upstream gradient scales both.
 
         Args:
             embedding_BD: raw embeddings, B equal on all ranks; float32 or float64 (half precision is widened).
-            label_B: global class ids, any integer dtype, [B] or [B, 1].
+            label_B: global class ids, any integer dtype, [B] or [B, 1], best in host memory. After ``prepare`` those
+                of its micro-batches, in that order.
             sampled: global ids to use instead of a draw (positives are added), for tests and comparisons.
         """
         if embedding_BD.ndim != 2 or embedding_BD.shape[1] != self.embedding_size:
             raise UserError(f"embedding: shape {embedding_BD.shape}, expected [batch, {self.embedding_size}]")
-        label_G = self._gathered(label_B)
-        if len(label_G) != embedding_BD.shape[0] * self.shard.world_size:
-            raise UserError(f"label: shape {label_B.shape} for {embedding_BD.shape[0]} embeddings")
-        if not self._prepared and not self._has_gradient:
-            self._draw(label_G, sampled)
-        elif sampled is not None:
-            raise UserError(
-                "sampled: this update has its classes already; give it to the first call, without prepare()"
-            )
-        elif not np.isin(label_G, self._kept_labels).all():
-            missing = np.setdiff1d(label_G, self._kept_labels)
-            raise UserError(f"label: class {missing[0]} is not in this update's draw; prepare() with all its labels")
+        if (num_labels := int(np.prod(label_B.shape))) != embedding_BD.shape[0]:
+            raise UserError(f"label: shape {label_B.shape} ({num_labels}) for {embedding_BD.shape[0]} embeddings")
+        targets = self._targets(label_B, sampled)
         if embedding_BD.dtype not in (paddle.float32, paddle.float64):
             embedding_BD = embedding_BD.astype("float32")
-        keep = paddle.is_grad_enabled()
-        return _HeadFunction.apply(embedding_BD, self._anchor, self, label_G, keep)
+        return _HeadFunction.apply(embedding_BD, self._anchor, self, targets, paddle.is_grad_enabled())
 
-    def found_nonfinite(self) -> bool:
-        """Whether this rank's class gradient may hold inf or NaN; the caller asks all ranks (``distributed.agree``)."""
-        return any(not np.isfinite(float(bound)) for bound in self._bounds)
+    def found_nonfinite(self) -> paddle.Tensor:
+        """Whether this rank's class gradient may hold inf or NaN, a 0-d bool on the device: asking does not wait.
+
+        The caller lets one answer count for all ranks.
+        """
+        bound = None if self._update is None else self._update.bound
+        if bound is None:
+            return paddle.zeros([], "bool")
+        return paddle.logical_not(paddle.isfinite(bound))
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Apply the gradients gathered since the last step.
 
         Args:
             lr: learning rate of this step.
-            grad_scale: factor on the class gradient before anything else, e.g. 1 / loss scale (trap 13).
+            grad_scale: factor on the class gradient before anything else, e.g. 1 / loss scale.
         """
-        if not self._has_gradient:
+        update = self._update
+        if update is None or not update.has_gradient:
             raise UserError("step: no gradient; call backward on the head's loss first, or skip_step()")
-        project = self.margin.normalize_weight
-        self._kernel.apply(self._bank, self._ids_S, self._records, self._dense, float(lr), float(grad_scale), project)
-        self._bank.stepped(self._ids_S, float(lr))
+        update.rows.apply(residuals=update.residuals, dense=update.dense, lr=float(lr), grad_scale=float(grad_scale))
+        self._bank.stepped(update.draw.ids_S, float(lr))
         self.skip_step()
 
     def skip_step(self) -> None:
@@ -182,78 +219,82 @@ class PartialFC:
 
     def clear_grad(self) -> None:
         """Forget gradients and draw; the next draw repeats this one unless ``step`` or ``skip_step`` follow."""
-        for record in self._spent:
-            record.exp = None  # a loss that the caller still holds must not keep it
-        self._spent: list[Record] = []
-        self._records: list[Record] = []
-        self._dense = None
-        self._bounds = []
-        self._ids_S = None
-        self._kept_labels = np.zeros(0, np.int64)
-        self._prepared = False
-
-    @property
-    def _has_gradient(self) -> bool:
-        return bool(self._records) or self._dense is not None
+        for residuals in self._update.spent if self._update is not None else []:
+            residuals.exp = None  # a loss that the caller still holds must not keep it
+        self._update = None
 
     @property
     def sampled(self) -> np.ndarray:
         """Sorted global ids of this rank's classes in the current update."""
-        local = np.arange(self.shard.num_local) if self._ids_S is None else self._ids_S
+        ids_S = None if self._update is None else self._update.draw.ids_S
+        local = np.arange(self.shard.num_local) if ids_S is None else ids_S
         return local + self.shard.start
 
-    def _gathered(self, label) -> np.ndarray:
+    def _targets(self, label_B, sampled) -> Targets:
+        """Those of this call; without ``prepare`` the first call of an update draws its classes."""
+        update = self._update
+        if update is None or not (update.prepared or update.has_gradient):
+            draw = self._drawn(self._gathered([label_B]), self.num_updates, sampled)
+            self.clear_grad()
+            update = self._begin(draw, prepared=False)
+        elif sampled is not None:
+            raise UserError(
+                "sampled: this update has its classes already; give it to the first call, without prepare()"
+            )
+        index, micro = update.num_calls, update.draw.micro
+        update.num_calls += 1
+        if index >= len(micro):  # one more batch than it was prepared for
+            (label_G,) = self._gathered([label_B])
+            if not np.isin(label_G, update.draw.kept_labels).all():
+                missing = np.setdiff1d(label_G, update.draw.kept_labels)
+                raise UserError(
+                    f"label: class {missing[0]} is not in this update's draw; prepare() with all its labels"
+                )
+            return update.draw.targets(label_G)
+        mine = slice(self.shard.rank * label_B.shape[0], (self.shard.rank + 1) * label_B.shape[0])
+        if not np.array_equal(host_labels(label_B), micro[index].label_G[mine]):
+            raise UserError(f"label: micro-batch {index} has other labels than prepare() was given for it")
+        return micro[index]
+
+    def _begin(self, draw: Draw, prepared: bool) -> HeadUpdate:
+        rows = self._kernel.begin(bank=self._bank, draw=draw, margin=self.margin)
+        self._update = HeadUpdate(draw, rows, prepared)
+        return self._update
+
+    def _drawn(self, micro_labels: list[np.ndarray], number: int, sampled=None) -> Draw:
+        return draw_classes(
+            self.shard, micro_labels, sample_rate=self.sample_rate, seed=self.seed, number=number, sampled=sampled
+        )
+
+    def _gathered(self, label_list: list) -> list[np.ndarray]:
         """Checked labels [G] of all ranks; all ranks see all of them, so all raise if one is wrong."""
         shard, group = self.shard, (distributed.get_rank(), distributed.get_world_size())
         if (shard.rank, shard.world_size) != group:
             raise UserError(f"rank: the head is rank {shard.rank} of {shard.world_size}, this process {group}")
-        return self._checked(distributed.all_gather_rows(_flat_label(label)).numpy())
-
-    def _checked(self, label_G: np.ndarray) -> np.ndarray:
-        wrong = label_G[(label_G < 0) | (label_G >= self.shard.num_classes)]
-        if wrong.size:
-            raise UserError(f"label: {wrong[0]} must lie in [0, {self.shard.num_classes})")
-        return label_G
-
-    def _draw(self, label_G: np.ndarray, sampled) -> None:
-        shard = self.shard
-        self._kept_labels = np.unique(label_G)
-        positive_P = self._kept_labels[(self._kept_labels >= shard.start) & (self._kept_labels < shard.stop)]
-        if sampled is not None:
-            given = self._checked(np.asarray(sampled, dtype=np.int64).reshape(-1))
-            ids = np.union1d(given[(given >= shard.start) & (given < shard.stop)], positive_P) - shard.start
-        elif self.sample_rate == 1:
-            self._ids_S = None
-            return
-        else:
-            args = (shard.num_local, self.sample_rate, self.seed, self.num_updates, shard.rank)
-            ids = sample_classes(positive_P - shard.start, *args)
-        self._ids_S = None if len(ids) == shard.num_local else ids
+        parts = [host_labels(label_B) for label_B in label_list]
+        gathered = distributed.gather_host(np.concatenate(parts))
+        cuts = np.cumsum([len(part) for part in parts])[:-1]
+        return [checked_labels(part, shard.num_classes) for part in np.split(gathered, cuts, axis=1)]
 
     # ------------------------------------------------------------------ forward and backward
 
-    def _forward(self, x_BD: paddle.Tensor, label_G: np.ndarray, keep: bool):
+    def _forward(self, x_BD: paddle.Tensor, targets: Targets, keep: bool):
         """Loss and what ``_backward`` needs."""
-        margin, shard = self.margin, self.shard
+        margin, shard, update = self.margin, self.shard, self._update
         dtype = paddle.float64 if self._bank.weight.dtype == paddle.float64 else x_BD.dtype
         x_GD = distributed.all_gather_rows(x_BD.contiguous()).astype(dtype)
-        inv_G1 = inverse_norm(x_GD)
-        norm_G = paddle.sqrt((x_GD * x_GD).sum(-1))
+        norm_G1 = paddle.linalg.norm(x_GD, p=2, axis=-1, keepdim=True)
+        inv_G1 = inverse_norm(x_GD, norm_G1)
+        norm_G = norm_G1.squeeze(-1)
         u_GD = x_GD * inv_G1 if margin.normalize_embedding else x_GD.clone()
         if keep:
             margin.observe(norm_G)
-
-        local_G = label_G - shard.start
-        col_T = np.flatnonzero((local_G >= 0) & (local_G < shard.num_local))
-        row_T = local_G[col_T] if self._ids_S is None else np.searchsorted(self._ids_S, local_G[col_T])
-        order = np.argsort(row_T, kind="stable")
-        row_T, col_T = row_T[order], col_T[order]
-        part = self._kernel.forward(self._bank, self._ids_S, u_GD, margin, row_T, col_T, keep)
+        part = update.rows.forward(u_GD=u_GD, targets=targets, keep=keep)
+        update.last = part.q_G, part.top_G, u_GD
 
         # Softmax over the classes of all ranks: the target's logit joins the non-targets' maximum and sum.
-        mine_G = paddle.to_tensor(np.isin(np.arange(len(label_G)), col_T)).astype(dtype)
         target = margin.target(part.q_G, norm_G)
-        t_G = distributed.all_reduce_sum(target.logit * mine_G)
+        t_G = distributed.all_reduce_sum(target.logit * part.mine_G)
         top_G = paddle.maximum(distributed.all_reduce_max(part.top_G), t_G)
         fade_G = paddle.exp(part.top_G - top_G)
         sum_G = distributed.all_reduce_sum(part.sum_G * fade_G) + paddle.exp(t_G - top_G)
@@ -266,44 +307,46 @@ class PartialFC:
 
         # d loss / d z = slope * p for a non-target, slope * (p - 1) for the target.
         coef_G = slope_G * margin.scale / sum_G
-        miss_G = mine_G * slope_G * (paddle.exp(t_G - top_G) / sum_G - 1.0)
+        miss_G = part.mine_G * slope_G * (paddle.exp(t_G - top_G) / sum_G - 1.0)
         target_G, along_G = miss_G * target.d_similarity, miss_G * target.d_norm
-        pull_GD = part.pull_GD * (fade_G * coef_G)[:, None] + part.w_GD * target_G[:, None]
+        pull_GD = part.pull_GD * (fade_G * coef_G).unsqueeze(-1) + part.w_GD * target_G.unsqueeze(-1)
         if extra is not None and shard.rank == 0:  # counted once in the sum over ranks
-            along_G = along_G + extra[1] / len(label_G)
-        part.record.top_G, part.record.coef_G, part.record.target_G = top_G, coef_G, target_G
+            along_G = along_G + extra[1] / len(targets.label_G)
+        residuals = part.residuals
+        residuals.top_G, residuals.coef_G, residuals.target_G = top_G, coef_G, target_G
         unit_GD = u_GD if margin.normalize_embedding else x_GD * inv_G1
-        token = (self.num_updates, self._ids_S)
-        return loss, (part.record, paddle.concat([pull_GD, along_G[:, None]], axis=1), unit_GD, inv_G1, token)
+        return loss, (update, residuals, paddle.concat([pull_GD, along_G.unsqueeze(-1)], axis=1), unit_GD, inv_G1)
 
     def _backward(self, saved, upstream: paddle.Tensor, batch: int, dtype) -> paddle.Tensor:
         """Keep what the row gradients need for ``step``; return the gradient of this rank's embeddings, [B, D]."""
-        record, pull_GD1, unit_GD, inv_G1, (num_updates, ids_S) = saved
-        if num_updates != self.num_updates or ids_S is not self._ids_S:
+        update, residuals, pull_GD1, unit_GD, inv_G1 = saved
+        if update is not self._update:
             raise RuntimeError(
                 "backward: the draw of classes changed since the forward pass; call prepare() once with the labels of "
                 "all micro-batches of an update, and backward before step()"
             )
         upstream = upstream.astype(pull_GD1.dtype)
-        self._spent.append(record)
-        scaled = {"coef_G": record.coef_G * upstream, "target_G": record.target_G * upstream}
-        self._add_record(dataclasses.replace(record, **scaled))
+        update.spent.append(residuals)
+        scaled = {"coef_G": residuals.coef_G * upstream, "target_G": residuals.target_G * upstream}
+        self._keep(update, dataclasses.replace(residuals, **scaled))
         pull_BD1 = distributed.reduce_scatter_rows(pull_GD1 * upstream)
         mine = slice(self.shard.rank * batch, (self.shard.rank + 1) * batch)
-        pull_BD, along_B1, unit_BD = pull_BD1[:, :-1], pull_BD1[:, -1:], unit_GD[mine]
+        pull_BD, along_B1 = paddle.split(pull_BD1, [self.embedding_size, 1], axis=1)
+        unit_BD = unit_GD[mine]
         if self.margin.normalize_embedding:  # du/dx = (1 - u u') / |x|
             pull_BD = (pull_BD - (pull_BD * unit_BD).sum(-1, keepdim=True) * unit_BD) * inv_G1[mine]
         return ((pull_BD + along_B1 * unit_BD) * self.shard.world_size).astype(dtype)
 
-    def _add_record(self, record: Record) -> None:
+    def _keep(self, update: HeadUpdate, residuals: Residuals) -> None:
         # No row gradient exists yet, so its finiteness is judged by a bound: exponentials are at most 1.
-        length_G = paddle.sqrt((record.u_GD * record.u_GD).sum(-1))
-        self._bounds.append(((paddle.abs(record.coef_G) + paddle.abs(record.target_G)) * length_G).sum())
-        self._records.append(record)
+        length_G = paddle.linalg.norm(residuals.u_GD, p=2, axis=-1)
+        bound = ((paddle.abs(residuals.coef_G) + paddle.abs(residuals.target_G)) * length_G).sum()
+        update.bound = bound if update.bound is None else update.bound + bound
+        update.residuals.append(residuals)
         # Exponentials cost G values a row, a folded gradient D.
-        if sum(each.coef_G.shape[0] for each in self._records) > self.embedding_size:
-            self._dense = self._kernel.fold(self._bank, self._ids_S, self._records, self._dense)
-            self._records = []
+        if sum(each.u_GD.shape[0] for each in update.residuals) > self.embedding_size:
+            update.dense = update.rows.fold(residuals=update.residuals, dense=update.dense)
+            update.residuals = []
 
     # ------------------------------------------------------------------ weights and checkpoints
 
@@ -366,11 +409,11 @@ class _HeadFunction(paddle.autograd.PyLayer):
     """The head as one node of the graph; its backward is the closed form of ``PartialFC._backward``."""
 
     @staticmethod
-    def forward(ctx, embedding_BD, anchor, head, label_G, keep):
+    def forward(ctx, embedding_BD, anchor, head, targets, keep):
         ctx.head, ctx.batch, ctx.dtype = head, embedding_BD.shape[0], embedding_BD.dtype
         ctx.frozen = embedding_BD.stop_gradient
         with paddle.amp.auto_cast(enable=False):  # whatever the backbone's precision, the head stays float32
-            loss, ctx.saved = head._forward(embedding_BD, label_G, keep)
+            loss, ctx.saved = head._forward(embedding_BD, targets, keep)
         return loss
 
     @staticmethod
@@ -380,9 +423,9 @@ class _HeadFunction(paddle.autograd.PyLayer):
         return None if ctx.frozen else gradient_BD, paddle.zeros([1], ctx.head._anchor.dtype)
 
 
-def _flat_label(label) -> paddle.Tensor:
-    """[B] int64 of [B] or [B, 1] integers; the caller's tensor stays as it is (trap 21)."""
-    label = label if isinstance(label, paddle.Tensor) else paddle.to_tensor(np.asarray(label))
-    if label.dtype not in (paddle.int64, paddle.int32, paddle.int16, paddle.uint8, paddle.int8):
+def host_labels(label) -> np.ndarray:
+    """[B] int64 of [B] or [B, 1] integers, a new array; a tensor on a device is read back, and the host waits."""
+    label = label.numpy() if isinstance(label, paddle.Tensor) else np.asarray(label)
+    if label.dtype.kind not in "iu":
         raise UserError(f"label: {label.dtype} values are not class ids; integers are needed")
-    return label.reshape([-1]).astype("int64")
+    return label.reshape(-1).astype(np.int64)

@@ -322,6 +322,27 @@ def test_sampling_of_the_head():
 
 
 @pytest.mark.oldest
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw"}, {"update": "sampled"}])
+def test_a_shard_without_rows_steps_after_a_fold(backend, options, monkeypatch):
+    """Rate 0 and all labels on the other rank: no row, yet folded gradients and a step, once and over two batches."""
+    monkeypatch.setattr("utils.distributed.get_world_size", lambda: 1)
+    head = build(backend=backend, sample_rate=0.0, **options)
+    head.shard = ClassShard(2 * CLASSES, 0, 1)
+    head.shard.num_local, head.shard.start = CLASSES, CLASSES  # the second half: no label falls into it
+    _, x_GD, label_G = data(batch=2 * DIM)
+    before = head.row_state()
+    for num_batches in (1, 2):
+        head.prepare([label_G] * num_batches)
+        for _ in range(num_batches):
+            run(head, x_GD, label_G)
+        assert head._update.dense is not None and len(head.sampled) == 0
+        head.step(0.1)
+    for name, array in head.row_state().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.oldest
 def test_misuse_is_named():
     w_CD, x_GD, label_G = data()
     x, label = paddle.to_tensor(x_GD, stop_gradient=False), paddle.to_tensor(label_G)

@@ -1,4 +1,4 @@
-"""Differences between Paddle 2.6 and 3.x, all of them in this file."""
+"""Differences between Paddle 2.6 and 3.x, and the fused kernels that both have without a public name."""
 
 import numpy as np
 import paddle
@@ -15,3 +15,50 @@ def share_numpy(array: np.ndarray) -> paddle.Tensor:
     from paddle.utils import dlpack
 
     return dlpack.from_dlpack(array.__dlpack__())
+
+
+def squared_norm(tensor: paddle.Tensor) -> paddle.Tensor:
+    """Sum of squares, [1], in one kernel."""
+    return paddle._C_ops.squared_l2_norm(tensor)
+
+
+def momentum_step(
+    weights: list,
+    gradients: list,
+    velocities: list,
+    lr_1: paddle.Tensor,
+    *,
+    momentum: float,
+    decays: list[float],
+    nesterov: bool = False,
+    grad_scale: float = 1.0,
+) -> None:
+    """``v = momentum v + grad_scale g + decay w;  w -= lr v`` of many tensors of one dtype in one kernel, in place.
+
+    Nesterov's: ``w -= lr (grad_scale g + decay w + momentum v)``. ``lr_1`` is a tensor [1] of their dtype.
+    """
+    rules = ["l2_decay" if decay else "" for decay in decays]
+    paddle._C_ops.merged_momentum_(
+        weights, gradients, velocities, [lr_1], None, momentum, nesterov, rules, decays, False, grad_scale
+    )
+
+
+def adamw_step(
+    weight: paddle.Tensor,
+    gradient: paddle.Tensor,
+    lr_1: paddle.Tensor,
+    slots: dict[str, paddle.Tensor],
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    decay: float,
+) -> None:
+    """AdamW of one tensor in place; ``slots``: moment1, moment2, beta1_pow_acc, beta2_pow_acc."""
+    third = [None] if paddle_version() >= (3, 0) else []
+    more = [False] if third else []
+    paddle._C_ops.adamw_(
+        weight, gradient, lr_1, slots["moment1"], slots["moment2"], *third, slots["beta1_pow_acc"],
+        slots["beta2_pow_acc"], None, None, beta1, beta2, epsilon, 1.0, decay, decay != 0, False, 1000, False, False,
+        *more,
+    )  # fmt: skip

@@ -12,11 +12,14 @@ import os
 import pickle
 from collections.abc import Iterator
 
+import numpy as np
 import paddle
 import paddle.distributed as dist
 
 from utils.errors import UserError
 from utils.system import gpu_capability, pick_device, without_machine_code
+
+_host_group: dist.communication.group.Group | None = None  # gloo beside the device's own; None: the default one is it
 
 
 def init(device: str = "cpu") -> str:
@@ -46,6 +49,9 @@ def init(device: str = "cpu") -> str:
             # Without a backend named, a CUDA build of Paddle would pick NCCL for CPU tensors.
             os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
         dist.init_parallel_env()
+        if device != "cpu":
+            global _host_group
+            _host_group = dist.new_group(backend="gloo")
     return device
 
 
@@ -57,6 +63,21 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """Number of processes W, 1 in a single process."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_host(values: np.ndarray) -> np.ndarray:
+    """Integers [n] of every rank -> [W, n] int64 in rank order; n equal on all ranks. Host memory to host memory.
+
+    No device takes part: what ranks tell each other about the next update does not wait for the present one.
+    """
+    values = np.asarray(values, np.int64)
+    if get_world_size() == 1:
+        return values[None]
+    table = np.zeros([get_world_size(), len(values)], np.int64)
+    table[get_rank()] = values
+    shared = paddle.to_tensor(table, place=paddle.CPUPlace())
+    dist.all_reduce(shared, group=_host_group)
+    return shared.numpy()
 
 
 def all_reduce_sum(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -118,12 +139,12 @@ def all_gather_object(value: object) -> list:
     """Small picklable values of all ranks in rank order (between our own processes only, never from files)."""
     if get_world_size() == 1:
         return [value]
-    payload = paddle.to_tensor(list(pickle.dumps(value)), dtype="int32")
-    sizes = all_gather_rows(paddle.to_tensor([payload.shape[0]], dtype="int64")).numpy()
-    padded = paddle.zeros([int(sizes.max())], dtype="int32")
-    padded[: payload.shape[0]] = payload
-    gathered = all_gather_rows(padded).numpy().reshape(get_world_size(), -1)
-    return [pickle.loads(bytes(row[:size].astype("uint8"))) for row, size in zip(gathered, sizes, strict=True)]
+    payload = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = gather_host([len(payload)])[:, 0]
+    padded = np.zeros(int(sizes.max()), np.int64)
+    padded[: len(payload)] = payload
+    rows = gather_host(padded)
+    return [pickle.loads(row[:size].astype(np.uint8).tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def broadcast_object(value: object, src: int = 0) -> object:
@@ -133,15 +154,14 @@ def broadcast_object(value: object, src: int = 0) -> object:
 
 def barrier() -> None:
     """Wait until every rank is here."""
-    all_reduce_sum(paddle.zeros([1], dtype="int32"))
+    gather_host([0])
 
 
 def agree(*flags: bool) -> tuple[bool, ...]:
     """Each flag is true on every rank if it is on one; one collective for all of them. All ranks call it."""
     if get_world_size() == 1:
         return tuple(bool(flag) for flag in flags)
-    reduced = all_reduce_max(paddle.to_tensor([int(bool(flag)) for flag in flags], dtype="int32"))
-    return tuple(bool(value) for value in reduced.tolist())
+    return tuple(gather_host([int(bool(flag)) for flag in flags]).any(axis=0).tolist())
 
 
 @contextlib.contextmanager

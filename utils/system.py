@@ -5,6 +5,7 @@ and unmaps it after use, so that each operation pays a page fault for every 4 Ki
 element-wise operation, measured). glibc can keep the memory instead.
 """
 
+import collections
 import ctypes
 import math
 import os
@@ -15,6 +16,9 @@ from utils.errors import UserError
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _MADV_HUGEPAGE = 14
 _HUGE_PAGE = 1 << 21
+# Page-locked arrays on their way up, kept until the copy has surely ended: an update sends fewer than that, and its
+# read waits for all of them.
+_leaving: collections.deque = collections.deque(maxlen=64)
 
 
 def num_cores() -> int:
@@ -95,6 +99,20 @@ def on_cpu() -> bool:
     import paddle
 
     return paddle.get_device() == "cpu"
+
+
+def upload(array):
+    """One copy of a numpy array in the memory of Paddle's current device, as a tensor.
+
+    Where CUDA is, it leaves from page-locked memory: the host does not wait for the copy.
+    """
+    import paddle
+
+    if not paddle.get_device().startswith("gpu"):
+        return paddle.to_tensor(array)
+    locked = paddle.to_tensor(array, place=paddle.CUDAPinnedPlace())
+    _leaving.append(locked)
+    return locked.cuda(blocking=False)
 
 
 def peak_memory_mb() -> float:

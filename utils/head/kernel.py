@@ -5,12 +5,13 @@ import paddle
 from utils.errors import UserError
 from utils.head.numpy_kernel import NumpyKernel
 from utils.head.paddle_kernel import PaddleKernel
+from utils.head.protocol import Kernel
 from utils.system import threads_of_rank
 
 
 def build_kernel(
-    backend: str, matmul_dtype: str, num_threads: int | None, chunk_rows: int | None, world_size: int
-) -> NumpyKernel | PaddleKernel:
+    *, backend: str, matmul_dtype: str, num_threads: int | None, chunk_rows: int | None, world_size: int
+) -> Kernel:
     """The kernel that ``PartialFC``'s arguments of the same names ask for, on the current device.
 
     Raises:

@@ -1,16 +1,19 @@
 """The head's chunk arithmetic on CPU: numpy on cache-sized chunks of class rows, spread over threads.
 
-The same passes as ``utils/head/paddle_kernel.py``, where each method, equation and letter is explained; tests hold
-the two equal. It works in place in the memory of the Paddle tensors; numpy releases the GIL in products and passes.
+The same passes as ``utils/head/paddle_kernel.py``, where each equation and letter is explained; tests hold the two
+equal. It works in place in the memory of the Paddle tensors; numpy releases the GIL in products and passes.
 """
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import paddle
 import threadpoolctl
 
-from utils.head.rows import NO_MAX, Forward, Record, RowBank, inverse_norm, split_chunks, split_pieces, view
+from utils.head.draw import Draw, Targets
+from utils.head.protocol import NO_MAX, Forward, Residuals
+from utils.head.rows import RowBank, inverse_norm, split_pieces, view
 
 
 class NumpyKernel:
@@ -21,29 +24,42 @@ class NumpyKernel:
         self._pool = ThreadPoolExecutor(num_threads)
         self._blas = threadpoolctl.ThreadpoolController().select(internal_api="openblas")
 
-    def _run(self, work, num_rows: int) -> list:
+    def begin(self, *, bank: RowBank, draw: Draw, margin) -> "NumpyPass":
+        return NumpyPass(self, bank, draw, margin)
+
+    def run(self, work, num_rows: int) -> list:
         """work([(chunk index, start, stop), ...]) on a contiguous share of the chunks for each thread, in order."""
         shares = split_chunks(num_rows, self.chunk_rows, self.num_threads)
         with self._blas.limit(limits=1):  # overflow is for found_nonfinite to judge
             return list(self._pool.map(np.errstate(all="ignore")(work), shares))
 
-    def forward(self, bank: RowBank, ids_S, u_GD, margin, row_T, col_T, keep: bool) -> Forward:
+
+class NumpyPass:
+    """One update; see ``protocol.RowPass``."""
+
+    def __init__(self, kernel: NumpyKernel, bank: RowBank, draw: Draw, margin):
+        self._kernel, self._bank, self._margin = kernel, bank, margin
+        self._ids_S, self._num_rows = draw.ids_S, draw.num_rows
+
+    def forward(self, *, u_GD: paddle.Tensor, targets: Targets, keep: bool) -> Forward:
+        bank, margin, ids_S, chunk_rows = self._bank, self._margin, self._ids_S, self._kernel.chunk_rows
         (num_samples, dim), dtype = u_GD.shape, view(u_GD).dtype
         scaled_DG = np.ascontiguousarray(view(u_GD).T) * margin.scale
-        exp_SG = np.empty([bank.num_rows if ids_S is None else len(ids_S), num_samples], dtype)
-        shift_KG = np.empty([-(-len(exp_SG) // self.chunk_rows), num_samples], dtype)
-        q_G, inv_G, w_GD = (np.zeros(shape, dtype) for shape in (num_samples, num_samples, [num_samples, dim]))
+        exp_SG = np.empty([self._num_rows, num_samples], dtype)
+        shift_KG = np.empty([-(-len(exp_SG) // chunk_rows), num_samples], dtype)
+        mine_G, q_G, inv_G = (np.zeros(num_samples, dtype) for _ in range(3))
+        w_GD = np.zeros([num_samples, dim], dtype)
+        mine_G[targets.col_T] = 1
 
         def work(share):
             top_G, sum_G = np.full(num_samples, NO_MAX, dtype), np.zeros(num_samples)
-            pull_GD, buffer_RD = np.zeros([num_samples, dim], dtype), np.empty([self.chunk_rows, dim], dtype)
+            pull_GD, buffer_RD = np.zeros([num_samples, dim], dtype), np.empty([chunk_rows, dim], dtype)
             for k, start, stop in share:
                 w_RD = bank.caught_up_weight(ids_S, start, stop, buffer_RD)
                 inv_R1 = inverse_norm(w_RD) if margin.normalize_weight else np.ones([stop - start, 1], dtype)
                 z_RG, keep_others = np.matmul(w_RD, scaled_DG, out=exp_SG[start:stop]), None
                 z_RG *= inv_R1
-                mine = slice(*np.searchsorted(row_T, [start, stop]))
-                at = row_t, col_t = row_T[mine] - start, col_T[mine]
+                at = row_t, col_t = targets_of_chunk(targets, start, stop)
                 q_G[col_t], inv_G[col_t] = z_RG[at] / margin.scale, inv_R1[row_t, 0]
                 w_GD[col_t] = w_RD[row_t] * inv_R1[row_t]
                 if margin.changes_others:
@@ -62,37 +78,27 @@ class NumpyKernel:
                     pull_GD += z_RG.T @ w_RD
             return top_G, sum_G, pull_GD
 
-        parts = self._run(work, len(exp_SG))
+        parts = self._kernel.run(work, self._num_rows)
         top_G = np.max([part[0] for part in parts], axis=0)
         sum_G = sum(part[1] * np.exp(part[0] - top_G) for part in parts).astype(dtype)
         pull_GD = sum(part[2] * np.exp(part[0] - top_G)[:, None] for part in parts)
-        *tensors, inv_G = map(paddle.to_tensor, (top_G, sum_G, pull_GD, q_G, w_GD, inv_G))
-        return Forward(*tensors, Record(exp_SG, shift_KG, u_GD, row_T, col_T, inv_G) if keep else None)
+        *tensors, inv_G = map(paddle.to_tensor, (top_G, sum_G, pull_GD, mine_G, q_G, w_GD, inv_G))
+        return Forward(*tensors, Residuals(exp_SG, shift_KG, u_GD, targets, inv_G) if keep else None)
 
-    def _pull_on_rows(self, k: int, start: int, stop: int, records: list[Record], dense_SD):
-        total_RD = None if dense_SD is None else dense_SD[start:stop]
-        for record in records:
-            u_GD, target_G = view(record.u_GD), view(record.inv_G) * view(record.target_G)
-            coef_G = np.exp(record.shift[k] - view(record.top_G)) * view(record.coef_G)
-            pull_RD = record.exp[start:stop] @ (u_GD * coef_G[:, None])
-            mine = slice(*np.searchsorted(record.row_T, [start, stop]))
-            row_t, col_t = record.row_T[mine] - start, record.col_T[mine]
-            np.add.at(pull_RD, row_t, target_G[col_t, None] * u_GD[col_t])
-            total_RD = pull_RD if total_RD is None else np.add(total_RD, pull_RD, out=total_RD)
-        return total_RD
+    def fold(self, *, residuals: list[Residuals], dense):
+        if dense is None:
+            dense = np.zeros([self._num_rows, self._bank.weight.shape[1]], residuals[0].exp.dtype)
+        self._kernel.run(lambda share: [_pull_on_rows(*chunk, residuals, dense) for chunk in share], self._num_rows)
+        return dense
 
-    def fold(self, bank: RowBank, ids_S, records: list[Record], dense_SD):
-        if dense_SD is None:
-            dense_SD = np.zeros([len(records[0].exp), bank.weight.shape[1]], records[0].exp.dtype)
-        self._run(lambda share: [self._pull_on_rows(*chunk, records, dense_SD) for chunk in share], len(dense_SD))
-        return dense_SD
-
-    def apply(self, bank: RowBank, ids_S, records, dense_SD, lr: float, grad_scale: float, project: bool) -> None:
-        dtype = records[0].exp.dtype if records else dense_SD.dtype
+    def apply(self, *, residuals: list[Residuals], dense, lr: float, grad_scale: float) -> None:
+        bank, ids_S = self._bank, self._ids_S
+        dtype = residuals[0].exp.dtype if residuals else dense.dtype
+        project = float(self._margin.normalize_weight)
 
         def work(share):
             for k, start, stop in share:
-                grad_RD = self._pull_on_rows(k, start, stop, records, dense_SD)
+                grad_RD = _pull_on_rows(k, start, stop, residuals, dense)
                 for low, high in split_pieces(start, stop, grad_RD):
                     update(low, high, grad_RD[low - start : high - start])
 
@@ -101,11 +107,38 @@ class NumpyKernel:
             w_RD, *slots = bank.caught_up_rows(rows, dtype)
             if grad_scale != 1:
                 grad_RD *= grad_scale
-            along_R1 = np.einsum("rd,rd->r", grad_RD, w_RD)[:, None] * inverse_norm(w_RD) ** 2 * float(project)
+            along_R1 = np.einsum("rd,rd->r", grad_RD, w_RD)[:, None] * inverse_norm(w_RD) ** 2 * project
             count_R = (bank.stamp_N[rows] + 1).astype(dtype)
-            chunks = bank.optimizer.step(w_RD, slots, grad_RD, along_R1, lr, count_R)
+            chunks = bank.optimizer.step(w_RD, slots, grad_RD, along_S1=along_R1, lr=lr, count_S=count_R)
             for stored, chunk_RD in zip(map(view, (bank.weight, *bank.slots)), chunks, strict=True):
                 if not np.may_share_memory(stored, chunk_RD):
                     stored[rows] = chunk_RD
 
-        self._run(work, len(records[0].exp) if records else len(dense_SD))
+        self._kernel.run(work, self._num_rows)
+
+
+def _pull_on_rows(k: int, start: int, stop: int, residuals: list[Residuals], dense_SD):
+    """inv * sum over samples of (d loss / d q) * u: the row gradient before it is projected, [R, D]."""
+    total_RD = None if dense_SD is None else dense_SD[start:stop]
+    for each in residuals:
+        u_GD, target_G = view(each.u_GD), view(each.inv_G) * view(each.target_G)
+        coef_G = np.exp(each.shift[k] - view(each.top_G)) * view(each.coef_G)
+        pull_RD = each.exp[start:stop] @ (u_GD * coef_G[:, None])
+        row_t, col_t = targets_of_chunk(each.targets, start, stop)
+        np.add.at(pull_RD, row_t, target_G[col_t, None] * u_GD[col_t])
+        total_RD = pull_RD if total_RD is None else np.add(total_RD, pull_RD, out=total_RD)
+    return total_RD
+
+
+def targets_of_chunk(targets: Targets, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows counted from the chunk's first, samples) of the targets in rows ``start ... stop``."""
+    inside = slice(*np.searchsorted(targets.row_T, [start, stop]))
+    return targets.row_T[inside] - start, targets.col_T[inside]
+
+
+def split_chunks(num_rows: int, chunk_rows: int, num_shares: int) -> list[list[tuple[int, int, int]]]:
+    """Contiguous shares of about equal size of all chunks (index, start, stop); at least one share, maybe empty."""
+    starts = range(0, num_rows, chunk_rows)
+    chunks = [(k, start, min(start + chunk_rows, num_rows)) for k, start in enumerate(starts)]
+    cuts = [len(chunks) * i // num_shares for i in range(num_shares + 1)]
+    return [chunks[a:b] for a, b in itertools.pairwise(cuts) if b > a] or [[]]

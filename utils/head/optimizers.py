@@ -9,6 +9,7 @@ Legend: N local rows, S rows of one update, D row length, A ages; ``w`` weight, 
 
 import numpy as np
 
+from utils.compat import momentum_step
 from utils.errors import UserError
 
 
@@ -35,6 +36,7 @@ class RowSGD:
     """
 
     slots = ("momentum",)
+    counts_updates = False
 
     def __init__(self, momentum: float = 0.9, weight_decay: float = 5e-4, update: str = "dense", max_ages: int = 1024):
         if update not in ("dense", "sampled"):
@@ -106,6 +108,10 @@ class RowSGD:
         w_SD += v_SD
         return w_SD
 
+    def fused_step(self, w_SD, v_SD, g_SD, lr_1) -> None:
+        """``step`` for Paddle tensors of float32, projected gradient, in place and in one pass; ``lr_1``: [1]."""
+        momentum_step([w_SD], [g_SD], [v_SD], lr_1, momentum=self.momentum, decays=[self.weight_decay])
+
     def step(self, w_SD, slots: tuple, g_SD, along_S1, lr: float, count_S=None):
         """One update of up-to-date rows with the gradient ``g - along * w``; returns (w, v).
 
@@ -125,11 +131,12 @@ class RowAdamW:
 
     ``m <- b1 m + (1-b1) g``, ``n <- b2 n + (1-b2) g^2``, ``w <- w - lr wd w - lr (m / c1) / (sqrt(n / c2) + eps)`` with
     ``c = 1 - b^count``, where ``count`` is the row's own number of updates: a global one would call the moments of
-    rarely sampled rows converged when they are not (trap 19).
+    rarely sampled rows converged when they are not.
     """
 
     slots = ("moment1", "moment2")
     lazy = False
+    counts_updates = True
 
     def __init__(self, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.1):
         if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and epsilon > 0 and weight_decay >= 0):

@@ -1,22 +1,20 @@
-"""What the two kernels of the head share: storage of the class rows, and what a micro-batch leaves behind.
+"""Storage of the class rows: weight, what their optimiser keeps for each, and what they have missed.
 
 Legend: N local rows, S rows of the update, G samples of all ranks, D row length, T targets on this shard, K chunks.
 """
 
 import ctypes
-import dataclasses
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import paddle
 
 from utils.errors import UserError
-from utils.system import advise_huge_pages
+from utils.system import advise_huge_pages, upload
 
 BLOCK = 4096  # rows initialised from one random stream, and rows moved at a time
+DEVICE_BLOCK = 1 << 16  # rows caught up at a time in a device's memory
 PIECE_BYTES = 1 << 20  # rows that passes on CPU go over at a time: a few such arrays stay in a core's cache
-NO_MAX = -1e30  # running maximum before any logit; finite, so that a difference of two is not NaN
 TINY = 1e-12  # a shorter vector has no direction: similarity 0, gradient 0
 
 
@@ -101,11 +99,25 @@ class RowBank:
 
     def catch_up(self) -> None:
         """Bring every row up to date in place."""
-        if self.optimizer.lazy and not (self.stamp_N == self.optimizer.now).all():
+        if not self.optimizer.lazy or (self.stamp_N == self.optimizer.now).all():
+            return
+        if self.weight.place.is_cpu_place():
             for start, *chunks in self.caught_up():
                 for tensor, chunk in zip(self.tensors.values(), chunks, strict=True):
                     write_rows(tensor, start, chunk)
-            self.stamp_N[:] = self.optimizer.now
+        else:
+            self._catch_up_on_device()
+        self.stamp_N[:] = self.optimizer.now
+
+    def _catch_up_on_device(self) -> None:
+        """All rows, without a way through the host's memory: stamps and table alone go up."""
+        stamp_N, table_A4 = upload(self.stamp_N.astype(np.int64)), upload(self.optimizer.product_A22.reshape(-1, 4))
+        for start in range(0, self.num_rows, DEVICE_BLOCK):
+            stop = min(start + DEVICE_BLOCK, self.num_rows)
+            chunks = [tensor._slice(start, stop) for tensor in self.tensors.values()]
+            fresh = catch_up_tensors(*chunks, table_A4=table_A4, stamp_R=stamp_N._slice(start, stop))
+            for chunk, rows in zip(chunks, fresh, strict=True):
+                chunk.copy_(rows, False)
 
     def stepped(self, ids_S: np.ndarray | None, lr: float) -> None:
         """Stamp the rows (None: all) that a step has just updated; flush when the table of missed steps is full.
@@ -141,39 +153,11 @@ class RowBank:
         self.stamp_N[:] = rows["stamp"]
 
 
-@dataclasses.dataclass
-class Record:
-    """What one micro-batch leaves for the row gradients until ``step``; ``exp`` and ``shift`` belong to the kernel."""
-
-    exp: object  # [S, G]: inv * exp(z - shift), 0 at the targets
-    shift: object  # [K, G]: what chunk k was shifted by
-    u_GD: paddle.Tensor
-    row_T: np.ndarray  # positions of the targets in the rows of the update, ascending
-    col_T: np.ndarray  # their samples
-    inv_G: paddle.Tensor  # inverse norm of each sample's target row, 0 where another rank has it
-    top_G: paddle.Tensor | None = None  # set by backward: global maximum of z
-    coef_G: paddle.Tensor | None = None  # d loss / d q of a non-target, over exp(z - top)
-    target_G: paddle.Tensor | None = None  # d loss / d q of the targets
-
-
-@dataclasses.dataclass
-class Forward:
-    """This rank's pieces of the softmax over non-targets, and its targets."""
-
-    top_G: paddle.Tensor  # maximum of z
-    sum_G: paddle.Tensor  # sum of exp(z - top)
-    pull_GD: paddle.Tensor  # sum of exp(z - top) * w / |w|
-    q_G: paddle.Tensor  # similarity of the target, 0 where another rank has it
-    w_GD: paddle.Tensor  # w / |w| of the target, likewise
-    record: Record | None  # None without gradients
-
-
-def split_chunks(num_rows: int, chunk_rows: int, num_shares: int) -> list[list[tuple[int, int, int]]]:
-    """Contiguous shares of about equal size of all chunks (index, start, stop); at least one share, maybe empty."""
-    starts = range(0, num_rows, chunk_rows)
-    chunks = [(k, start, min(start + chunk_rows, num_rows)) for k, start in enumerate(starts)]
-    cuts = [len(chunks) * i // num_shares for i in range(num_shares + 1)]
-    return [chunks[a:b] for a, b in itertools.pairwise(cuts) if b > a] or [[]]
+def catch_up_tensors(w_RD, v_RD, *, table_A4, stamp_R) -> list[paddle.Tensor]:
+    """(w, v) of rows with these stamps brought up to date by the transition table of each age; new tensors."""
+    product_R4 = paddle.gather(table_A4, stamp_R).astype(w_RD.dtype)
+    ww_R1, wv_R1, vw_R1, vv_R1 = paddle.split(product_R4, 4, axis=1)
+    return [(w_RD * ww_R1).add_(v_RD * wv_R1), (v_RD * vv_R1).add_(w_RD * vw_R1)]
 
 
 def split_pieces(start: int, stop: int, array_RD: np.ndarray) -> list[tuple[int, int]]:
