@@ -61,7 +61,7 @@ class HeadUpdate:
     dense: object = None  # what was folded: row gradients
     spent: list[Residuals] = dataclasses.field(default_factory=list)  # of backward passes, as the forward left them
     bound: paddle.Tensor | None = None  # above the class gradient's length, 0-d
-    last: tuple | None = None  # (targets' part, forward, norms) of the last batch, for its angles
+    last: tuple | None = None  # of the last batch: its targets' similarities, the largest other logit, each [G]
 
     @property
     def has_gradient(self) -> bool:
@@ -198,6 +198,17 @@ class PartialFC:
             return paddle.zeros([], "bool")
         return paddle.logical_not(paddle.isfinite(bound))
 
+    def last_cosines(self) -> tuple[paddle.Tensor, paddle.Tensor] | None:
+        """Of the last batch, [G] each: cosine to the own class, and to the nearest other one of the update.
+
+        None where logits are no plain cosines. All ranks call it, before ``step``; nothing waits.
+        """
+        margin = self.margin
+        if not (margin.normalize_embedding and margin.normalize_weight) or margin.changes_others:
+            return None
+        own_G, top_G = self._update.last
+        return distributed.all_reduce_sum(own_G), distributed.all_reduce_max(top_G) / margin.scale
+
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Apply the gradients gathered since the last step.
 
@@ -290,7 +301,7 @@ class PartialFC:
         if keep:
             margin.observe(norm_G)
         part = update.rows.forward(u_GD=u_GD, targets=targets, keep=keep)
-        update.last = part.q_G, part.top_G, u_GD
+        update.last = part.q_G * part.mine_G, part.top_G
 
         # Softmax over the classes of all ranks: the target's logit joins the non-targets' maximum and sum.
         target = margin.target(part.q_G, norm_G)

@@ -9,7 +9,6 @@ One update is ``update``; the loop around it is ``train``; what they work on is 
 
 import contextlib
 import math
-import time
 import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which later imports crash
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from partial_fc import PartialFC
 from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import write_text
-from utils.head.angles import angle_stats
+from utils.head.angles import log_angles
 from utils.model.ema import Ema
-from utils.model.optimizer import BackboneOptimizer, clip_coefficient, gradient_norm, trainable
+from utils.model.optimizer import BackboneOptimizer, clip_coefficient, squared_gradient, trainable, unscaled_norm
 from utils.model.precision import LossScaler, autocast, check_precision
 from utils.model.replica import Replica
 from utils.model.schedule import LrSchedule, scaled_lr
@@ -37,7 +36,8 @@ from utils.run.meters import Meter, SpikeDetector, due
 from utils.run.pictures import open_pictures
 from utils.run.signals import StopSignal
 from utils.run.state import Run, find_resume, fit_batch, restore, seed_update
-from utils.run.steps import Update, fetch, finish, log_update, report_odd, save
+from utils.run.steps import Feed, Update, finish, log_update, report_odd, save
+from utils.run.steps import fetch as fetch
 from utils.run.summary import summarize
 from utils.run.watchdog import Watchdog
 from utils.system import gpu_capability, keep_freed_memory
@@ -74,28 +74,33 @@ def build(config: Config) -> Run:
         if steps_per_epoch == 0:
             raise UserError(f"run.accumulation: {accumulation} micro-batches, but an epoch has only {len(loader)}")
         head = PartialFC(
-            num_classes, model.embedding_size, margin, config.head.sample_rate, rank, world_size, run.seed,
-            **config.head_options(),
+            num_classes, model.embedding_size, margin, sample_rate=config.head.sample_rate, rank=rank,
+            world_size=world_size, seed=run.seed, **config.head_options(),
         )  # fmt: skip
         init = config.init
         init_note = load_initial(backbone, head, init.backbone, init.head, init.freeze, init.optional)
-    replica = Replica(backbone, run.sync_bn, bool(model.recompute), run.compile)
+    replica = Replica(backbone, run.sync_bn, recompute=bool(model.recompute), compile=run.compile)
     optimizer = BackboneOptimizer(trainable(backbone), **config.optimizer_options())
     images_per_update = batch_size * accumulation * world_size
     schedule = LrSchedule(
         plan.name, scaled_lr(optim.lr, optim.lr_batch, images_per_update), steps_per_epoch,
-        run.max_steps or run.epochs * steps_per_epoch, plan.warmup_steps or round(plan.warmup_epochs * steps_per_epoch),
-        plan.power, plan.milestones, plan.gamma, plan.min_lr,
+        total_steps=run.max_steps or run.epochs * steps_per_epoch,
+        warmup_steps=plan.warmup_steps or round(plan.warmup_epochs * steps_per_epoch),
+        power=plan.power, milestones=plan.milestones, gamma=plan.gamma, min_lr=plan.min_lr,
     )  # fmt: skip
     moved = open_run_folder(run.output, fresh=resume is None)
     step = resume["step"] if resume else None
-    log = RunLog(run.output, rank, config.log.tensorboard, config.log.visualdl, step, schedule.total_steps)
+    log = RunLog(
+        run.output, rank, tensorboard=config.log.tensorboard, visualdl=config.log.visualdl, resume_step=step,
+        total_steps=schedule.total_steps,
+    )  # fmt: skip
     parts = Run(
-        config, loader, replica, head, optimizer, schedule, LossScaler(run.precision, run.loss_scale, run.max_skips),
-        Ema(backbone, run.ema) if run.ema else None, verification, log,
-        CheckpointWriter(run.output, config.checkpoint.keep, config.checkpoint.asynchronous),
-        Watchdog(run.output, rank, world_size, run.hang_timeout, log.warning), SpikeDetector(config.log.spike),
-        accumulation, images_per_update,
+        config=config, loader=loader, replica=replica, head=head, optimizer=optimizer, schedule=schedule,
+        scaler=LossScaler(run.precision, run.loss_scale, run.max_skips),
+        ema=Ema(backbone, run.ema) if run.ema else None, verification=verification, log=log,
+        writer=CheckpointWriter(run.output, config.checkpoint.keep, config.checkpoint.asynchronous),
+        watchdog=Watchdog(run.output, rank, world_size, hang_timeout=run.hang_timeout, on_end=log.warning),
+        spikes=SpikeDetector(config.log.spike), accumulation=accumulation, images_per_update=images_per_update,
     )  # fmt: skip
     with distributed.together():
         parts.pictures = open_pictures(config, log, build_source)
@@ -108,29 +113,36 @@ def build(config: Config) -> Run:
     return parts
 
 
-def update(run: Run, batches: list, lr: float, with_angles: bool = False) -> Update:
-    """Forward, backward and step over the micro-batches of one update. All ranks call it."""
+def update(run: Run, batches: list, lr: float, with_angles: bool = False, meanwhile=None) -> Update:
+    """Forward, backward and step over the micro-batches of one update. All ranks call it.
+
+    On an accelerator the host waits once: for the three numbers that decide whether and how far to step. All work up to
+    them is launched by then, and ``meanwhile`` (what the next update needs of the host) is done.
+    """
     config, head, scale = run.config, run.head, run.scaler.scale
     seed_update(config.run.seed, run.progress.step, distributed.get_rank())
-    if len(batches) > 1:
-        head.prepare([label_B for _, label_B in batches])
-    losses = []
+    head.prepare(run.use(batches))
+    loss = 0.0
     for index, (image_BCHW, label_B) in enumerate(batches):
         run.watchdog.enter("forward")
         with run.replica.micro_batch(last=index == len(batches) - 1):
             with autocast(config.run.precision):
                 embedding_BD = run.replica(image_BCHW)
-            loss = head(embedding_BD, label_B)
+            part = head(embedding_BD, label_B)
             run.watchdog.enter("backward")
-            (loss * (scale / len(batches))).backward()
-        losses.append(loss.detach())
+            (part * (scale / len(batches))).backward()
+        loss = part.detach() + loss
     run.replica.finish_backward()
     run.watchdog.enter("update")
-    angles = angle_stats(embedding_BD, label_B, head) if with_angles else None
-    loss = sum(float(each) for each in losses) / len(losses)
-    grad_norm = gradient_norm(list(run.optimizer.parameters.values()), scale)
-    # One decision for all ranks (trap 14).
-    (skipped,) = distributed.agree(not math.isfinite(loss) or not math.isfinite(grad_norm) or head.found_nonfinite())
+    square = squared_gradient(run.optimizer.gradients())
+    figures = distributed.sum_figures([loss, square, head.found_nonfinite()])
+    angles = log_angles(head, embedding_BD, label_B) if with_angles else None
+    if meanwhile is not None:
+        meanwhile()
+    # One decision for all ranks, from the same bits: a rank that stepped alone would part from the others for good.
+    loss, square, broken = (figures.numpy() / run.replica.world_size).tolist()
+    loss, grad_norm = loss / len(batches), unscaled_norm(square, scale)
+    skipped = not math.isfinite(loss) or not math.isfinite(grad_norm) or broken > 0
     if skipped:
         head.skip_step()
     else:
@@ -149,20 +161,16 @@ def train(run: Run) -> None:
     """The loop: data, update, and on their cadence log, verify, save; until the schedule ends or someone stops it."""
     config, progress, meter = run.config, run.progress, Meter()
     run.watchdog.start()
-    iterator = iter(run.loader)
     with StopSignal() as stop:
+        feed = Feed(run, stop)
         while run.schedule_step < run.schedule.total_steps and not (progress.stopped_early or stop.agreed):
-            run.watchdog.enter("data")
-            lr, asked = run.schedule(run.schedule_step), time.monotonic()
-            batches = fetch(run, iterator, stop)
-            if batches is None:  # the epoch is over; the loader stands at the next one
-                iterator = iter(run.loader)
-                continue
-            waited = time.monotonic() - asked
+            batches = feed.next()
+            lr = run.schedule(run.updates_at(batches.start))
+            is_last = run.updates_at(batches.stop) >= run.schedule.total_steps
             log_due = progress.step == 0 or due(progress.step + 1, config.log.every_steps)
-            done = update(run, batches, lr, with_angles=log_due and config.log.angles)
+            done = update(run, batches, lr, log_due and config.log.angles, None if is_last else feed.ahead)
             progress.step += 1
-            meter.add(run.images_per_update, waited, done.loss)
+            meter.add(run.images_per_update, batches.waited, done.loss)
             run.watchdog.done(progress.step)
             report_odd(run, done)
             if log_due:

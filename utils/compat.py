@@ -31,15 +31,15 @@ def momentum_step(
     momentum: float,
     decays: list[float],
     nesterov: bool = False,
-    grad_scale: float = 1.0,
 ) -> None:
-    """``v = momentum v + grad_scale g + decay w;  w -= lr v`` of many tensors of one dtype in one kernel, in place.
+    """``v = momentum v + g + decay w;  w -= lr v`` of many tensors of one dtype in one kernel, in place.
 
-    Nesterov's: ``w -= lr (grad_scale g + decay w + momentum v)``. ``lr_1`` is a tensor [1] of their dtype.
+    Nesterov's: ``w -= lr (g + decay w + momentum v)``. ``lr_1`` is a tensor [1] of their dtype. The kernel's own factor
+    on the gradient stays 1: on CPU it is passed over.
     """
     rules = ["l2_decay" if decay else "" for decay in decays]
     paddle._C_ops.merged_momentum_(
-        weights, gradients, velocities, [lr_1], None, momentum, nesterov, rules, decays, False, grad_scale
+        weights, gradients, velocities, [lr_1], None, momentum, nesterov, rules, decays, False, 1.0
     )
 
 
@@ -62,3 +62,12 @@ def adamw_step(
         slots["beta2_pow_acc"], None, None, beta1, beta2, epsilon, 1.0, decay, decay != 0, False, 1000, False, False,
         *more,
     )  # fmt: skip
+
+
+def scale_all(tensors: list, factor: float) -> None:
+    """``t *= factor`` of many tensors of one dtype, in place: one kernel on a device, on CPU one each."""
+    if tensors[0].place.is_cpu_place():
+        for tensor in tensors:
+            tensor.scale_(factor)
+        return
+    paddle._C_ops.check_finite_and_unscale_(tensors, paddle.full([1], 1.0 / factor, tensors[0].dtype))

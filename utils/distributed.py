@@ -127,6 +127,18 @@ def broadcast(tensor: paddle.Tensor, src: int = 0) -> paddle.Tensor:
     return output
 
 
+def sum_figures(values: list) -> paddle.Tensor:
+    """Sums over ranks of numbers and one-element tensors, float64 [n] on the device: one message, and nothing waits.
+
+    inf and NaN of any rank stay. The sums are the same bits on all ranks.
+    """
+    parts = [
+        v.astype("float64").reshape([1]) if isinstance(v, paddle.Tensor) else paddle.full([1], v, "float64")
+        for v in values
+    ]
+    return all_reduce_sum(paddle.concat(parts))
+
+
 def average_gradients(parameters: list[paddle.Tensor]) -> None:
     """Replace each parameter's gradient by its mean over ranks, many of them in one message."""
     if get_world_size() > 1:

@@ -122,7 +122,9 @@ class SampleReader:
 
 
 class TrainLoader:
-    """Iterates over ``(image_BCHW float32 in [-1, 1], label_B int64)`` on Paddle's current device.
+    """Iterates over ``(image_BCHW float32 in [-1, 1], label_B int64)``.
+
+    Images are on Paddle's current device, labels in host memory on any device: those who need them are on the host.
 
     See ``build_train_loader``. ``for batch in loader`` runs the epoch (from the loaded position, after
     ``load_state_dict``); when it is over the loader stands at the next one.
@@ -224,21 +226,27 @@ class TrainLoader:
         import paddle
 
         from utils.compat import share_numpy  # not at the top: worker processes do without paddle
+        from utils.system import upload
 
+        label = paddle.to_tensor(labels, place=paddle.CPUPlace())
+        on_host = paddle.get_device() == "cpu"
         if images.dtype == np.float32:
-            return share_numpy(images), paddle.to_tensor(labels)
-        image = share_numpy(images)
-        if not self._options["flip_on_host"]:
-            image = image.to(paddle.get_device(), blocking=True)
-            if self._options["flip"]:  # Paddle has no where or flip of uint8
-                wide = image.astype("float32" if self._options["normalize"] else "int32")
-                mirror = paddle.to_tensor(mirror).reshape([-1, 1, 1, 1])
-                image = paddle.where(mirror, wide[:, :, ::-1], wide)
+            return share_numpy(images) if on_host else upload(images), label
+        if self._options["flip_on_host"] or not self._options["flip"]:
+            image = share_numpy(images) if on_host else upload(images)
+        else:  # pixels and flips go up as one vector of bytes
+            num_bytes = images.size
+            packed = upload(np.concatenate([images.reshape(-1), mirror.astype(np.uint8)]))
+            image = packed._slice(0, num_bytes).reshape(images.shape)
+            # Paddle has no where or flip of uint8
+            wide = image.astype("float32" if self._options["normalize"] else "int32")
+            mirror = packed._slice(num_bytes, num_bytes + len(mirror)).astype("bool").reshape([-1, 1, 1, 1])
+            image = paddle.where(mirror, wide.flip(2), wide)
         if self._options["normalize"]:
             image = paddle.scale(image.transpose([0, 3, 1, 2]).astype("float32"), 2 / 255, -1.0)
         elif image.dtype != paddle.uint8:
             image = image.astype("uint8")
-        return image, paddle.to_tensor(labels)
+        return image, label
 
     def close(self) -> None:
         """End every running iteration and its threads; without it they end with their iterator."""

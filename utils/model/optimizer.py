@@ -1,19 +1,24 @@
 """Updating the backbone: momentum SGD, AdamW and LARS with the gradient's scale, clip and skip decided outside.
 
-State is kept by structural parameter name (``layer1.0.conv1.weight/velocity``), never by Paddle's generated names, so
-that a network built second in a process loads as well (trap 32). Frozen parameters (``stop_gradient``) take no part.
+Paddle's fused kernels do the arithmetic on tensors that are kept here: SGD is one kernel for all parameters, scale and
+clip together one more where they change anything. State goes by structural name (``layer1.0.conv1.weight/velocity``),
+never by Paddle's generated ones, so that a network built second in a process loads as well. Frozen parameters
+(``stop_gradient``) take no part.
 """
 
 import math
-import re
 
 import numpy as np
 import paddle
 
+from utils.compat import adamw_step, momentum_step, scale_all, squared_norm
 from utils.errors import UserError
 
-# Accumulators as Paddle names them: <parameter>_<kind>_<number>.
-_KINDS = re.compile(r"_(velocity|moment1|moment2|beta1_pow_acc|beta2_pow_acc)_\d+$")
+SLOTS = {
+    "sgd": ("velocity",),
+    "lars": ("velocity",),
+    "adamw": ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"),
+}
 
 
 def trainable(layer: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
@@ -26,23 +31,32 @@ def is_norm_or_bias(name: str, parameter: paddle.Tensor) -> bool:
     return len(parameter.shape) < 2 or name.endswith(".bias")
 
 
-def gradient_norm(parameters: list[paddle.Tensor], grad_scale: float = 1.0) -> float:
-    """Global L2 norm of the gradients divided by ``grad_scale``; infinite or NaN if one of them is.
+def squared_gradient(gradients: list[paddle.Tensor]) -> paddle.Tensor:
+    """Sum of squares of all these tensors as they are (scaled), float64 [1] on the device: nothing waits.
 
-    Every tensor's norm is taken after division by the scale, so a large loss scale does not overflow the squares.
+    One kernel a tensor, in the tensor's precision: inf or NaN in a gradient, or squares that leave float32, give inf or
+    NaN here, and the update is to be skipped.
     """
-    factor = 1.0 / grad_scale
+    if not gradients:
+        return paddle.zeros([1], "float64")
     with paddle.no_grad():
-        squares = []
-        for parameter in parameters:
-            if parameter.grad is not None:
-                flat = parameter.grad.reshape([-1])
-                flat = flat if factor == 1.0 else flat * factor
-                squares.append(paddle.dot(flat, flat).reshape([1]).astype("float64"))
-        if not squares:
-            return 0.0
-        total = float(paddle.concat(squares).sum())
-    return math.sqrt(total) if total >= 0 and math.isfinite(total) else math.nan
+        return paddle.concat([squared_norm(each) for each in gradients]).astype("float64").sum().reshape([1])
+
+
+def unscaled_norm(square: float, grad_scale: float = 1.0) -> float:
+    """Global norm of gradients divided by ``grad_scale``, from the sum of their squares; NaN if that is no number."""
+    return math.sqrt(square) / grad_scale if square >= 0 and math.isfinite(square) else math.nan
+
+
+def gradient_norm(parameters: list[paddle.Tensor], grad_scale: float = 1.0) -> float:
+    """Global L2 norm of the gradients divided by ``grad_scale``; NaN if one of them is not finite. The host waits.
+
+    Divided first, so that a large loss scale does not overflow the squares.
+    """
+    gradients = [grad for parameter in parameters if (grad := parameter.grad) is not None]
+    if grad_scale != 1.0:
+        gradients = [each * (1.0 / grad_scale) for each in gradients]
+    return unscaled_norm(squared_gradient(gradients).item())
 
 
 def clip_coefficient(norm: float, clip_norm: float) -> float:
@@ -59,7 +73,7 @@ class BackboneOptimizer:
                                     ratio = trust * |w| / (|g| + d * |w|), 1 for norms and biases
 
     Args:
-        parameters: structural name -> parameter (``trainable``).
+        parameters: structural name -> parameter (``trainable``), all of one dtype.
         name: ``sgd``, ``adamw`` or ``lars``.
         decay_norm_bias: False leaves norms and biases undecayed.
     """
@@ -77,43 +91,33 @@ class BackboneOptimizer:
         decay_norm_bias: bool = True,
         trust: float = 0.001,
     ):
-        if name not in ("sgd", "adamw", "lars"):
+        if name not in SLOTS:
             raise UserError(f"optim.name: {name!r} is not one of sgd, adamw, lars")
         self.parameters = dict(parameters)
         self.name, self.trust, self.weight_decay = name, trust, weight_decay
         self.num_updates = 0
+        self._momentum, self._nesterov = momentum, nesterov
+        self._betas, self._epsilon = (beta1, beta2), epsilon
         undecayed = set() if decay_norm_bias else {n for n, p in parameters.items() if is_norm_or_bias(n, p)}
         self._decay = {n: 0.0 if n in undecayed else weight_decay for n in parameters}
-        self._optimizers = []
-        for decay in sorted(set(self._decay.values())):
-            group = [p for n, p in parameters.items() if self._decay[n] == decay]
-            if name == "adamw":
-                optimizer = paddle.optimizer.AdamW(
-                    learning_rate=0.0, beta1=beta1, beta2=beta2, epsilon=epsilon, parameters=group, weight_decay=decay
-                )
-            else:
-                optimizer = paddle.optimizer.Momentum(
-                    learning_rate=0.0,
-                    momentum=momentum,
-                    parameters=group,
-                    use_nesterov=nesterov,
-                    # LARS decays inside its own ratio.
-                    weight_decay=None if name == "lars" or decay == 0 else decay,
-                )
-            self._optimizers.append(optimizer)
+        self._slots: dict[str, dict[str, paddle.Tensor]] = {}  # of the parameters that have had a gradient
 
     def step(self, lr: float, grad_coefficient: float = 1.0) -> None:
         """One update with every gradient multiplied by ``grad_coefficient`` (clipping, 1 / loss scale)."""
         with paddle.no_grad():
-            for name, parameter in self.parameters.items():
-                if parameter.grad is None:
-                    continue
-                if self.name == "lars":
-                    self._lars_gradient(name, parameter, lr, grad_coefficient)
-                elif grad_coefficient != 1.0:
-                    parameter.grad.scale_(grad_coefficient)
-        self._update(1.0 if self.name == "lars" else lr)
+            named = {name: (p, grad) for name, p in self.parameters.items() if (grad := p.grad) is not None}
+            for name in named.keys() - self._slots.keys():
+                self._slots[name] = self._fresh_slots(self.parameters[name])
+            gradients = [grad for _, grad in named.values()]
+            if grad_coefficient != 1.0 and named:
+                scale_all(gradients, grad_coefficient)
+            if named:
+                {"sgd": self._sgd, "adamw": self._adamw, "lars": self._lars}[self.name](named, gradients, lr)
         self.num_updates += 1
+
+    def gradients(self) -> list[paddle.Tensor]:
+        """Of the parameters that have one, in their order."""
+        return [grad for parameter in self.parameters.values() if (grad := parameter.grad) is not None]
 
     def clear_grad(self) -> None:
         """Drop the gradients."""
@@ -122,43 +126,65 @@ class BackboneOptimizer:
 
     def state(self) -> dict[str, np.ndarray]:
         """Copies of the accumulators: ``<structural name>/<kind>``. Empty before the first update."""
-        return {key: np.array(tensor.numpy()) for key, tensor in self._accumulators().items()}
+        return {
+            f"{name}/{kind}": np.array(tensor.numpy())
+            for name in self.parameters
+            for kind, tensor in self._slots.get(name, {}).items()
+        }
 
     def load_state(self, state: dict[str, np.ndarray], num_updates: int | None = None) -> None:
         """Restore what ``state`` returned.
 
         Raises:
-            ValueError: names or shapes differ from this network's.
+            UserError: names or shapes differ from this network's.
         """
-        if not state:
-            self.num_updates = num_updates or 0
-            return
-        if not self._accumulators():
-            # Paddle makes its accumulators in the first step that has a gradient: one without effect (rate 0,
-            # gradient 0), for those parameters that had one before.
-            named = {key.rpartition("/")[0] for key in state}
-            with paddle.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.grad = paddle.zeros_like(parameter) if name in named else None
-            self._update(0.0)
-            self.clear_grad()
-        own = self._accumulators()
+        named = {key.rpartition("/")[0] for key in state}
+        fresh = {name: self._fresh_slots(p) for name, p in self.parameters.items() if name in named}
+        own = {f"{name}/{kind}": tensor for name, slots in fresh.items() for kind, tensor in slots.items()}
         if set(own) != set(state):
             odd = sorted(set(own) ^ set(state))
             raise UserError(f"optimiser state does not fit: {len(odd)} names differ, the first is {odd[0]!r}")
         for key, tensor in own.items():
             if list(tensor.shape) != list(state[key].shape):
                 raise UserError(f"optimiser state {key}: shape {list(state[key].shape)} is not {list(tensor.shape)}")
-            tensor.set_value(state[key])
+            tensor.set_value(state[key].astype(str(tensor.dtype).split(".")[-1]))
+        self._slots = fresh
         self.num_updates = num_updates or 0
 
-    def _update(self, lr: float) -> None:
-        for optimizer in self._optimizers:
-            optimizer.set_lr(lr)
-            optimizer.step()
+    def _fresh_slots(self, parameter: paddle.Tensor) -> dict[str, paddle.Tensor]:
+        if self.name != "adamw":
+            return {"velocity": paddle.zeros_like(parameter)}
+        moments = {kind: paddle.zeros_like(parameter) for kind in ("moment1", "moment2")}
+        # In host memory: the kernel takes the powers by value, and nobody reads a device for them.
+        powers = [np.full([1], beta, str(parameter.dtype).split(".")[-1]) for beta in self._betas]
+        kinds = ("beta1_pow_acc", "beta2_pow_acc")
+        host = paddle.CPUPlace()
+        return {**moments, **{k: paddle.to_tensor(v, place=host) for k, v in zip(kinds, powers, strict=True)}}
 
-    def _lars_gradient(self, name: str, parameter: paddle.Tensor, lr: float, coefficient: float) -> None:
-        gradient = parameter.grad * coefficient
+    def _momentum_step(self, named: dict, gradients: list, lr: float, decays: list[float]) -> None:
+        weights = [parameter for parameter, _ in named.values()]
+        velocities = [self._slots[name]["velocity"] for name in named]
+        lr_1 = paddle.full([1], lr, weights[0].dtype)
+        momentum_step(
+            weights, gradients, velocities, lr_1, momentum=self._momentum, decays=decays, nesterov=self._nesterov
+        )
+
+    def _sgd(self, named: dict, gradients: list, lr: float) -> None:
+        self._momentum_step(named, gradients, lr, [self._decay[name] for name in named])
+
+    def _lars(self, named: dict, gradients: list, lr: float) -> None:
+        gradients = [self._lars_gradient(name, *pair, lr=lr) for name, pair in named.items()]
+        self._momentum_step(named, gradients, 1.0, [0.0] * len(named))
+
+    def _adamw(self, named: dict, gradients: list, lr: float) -> None:
+        lr_1 = paddle.full([1], lr, gradients[0].dtype)
+        for name, (parameter, gradient) in named.items():
+            adamw_step(
+                parameter, gradient, lr_1, self._slots[name], beta1=self._betas[0], beta2=self._betas[1],
+                epsilon=self._epsilon, decay=self._decay[name],
+            )  # fmt: skip
+
+    def _lars_gradient(self, name: str, parameter, gradient, *, lr: float) -> paddle.Tensor:
         decay = self._decay[name]
         ratio = paddle.ones([], dtype=gradient.dtype)
         if not is_norm_or_bias(name, parameter):
@@ -166,14 +192,4 @@ class BackboneOptimizer:
             denominator = paddle.linalg.norm(gradient) + decay * weight_norm
             adapted = self.trust * weight_norm / paddle.where(denominator > 0, denominator, ratio)
             ratio = paddle.where((weight_norm > 0) & (denominator > 0), adapted, ratio)
-        parameter.grad = (gradient + decay * parameter) * (lr * ratio)
-
-    def _accumulators(self) -> dict[str, paddle.Tensor]:
-        structural = {parameter.name: name for name, parameter in self.parameters.items()}
-        found = {}
-        for optimizer in self._optimizers:
-            for key, tensor in optimizer.state_dict().items():
-                match = _KINDS.search(key)
-                if match and key[: match.start()] in structural:
-                    found[f"{structural[key[: match.start()]]}/{match.group(1)}"] = tensor
-        return found
+        return (gradient + decay * parameter) * (lr * ratio)

@@ -1,7 +1,8 @@
 """Reduced precision of the backbone, and the decision to skip an update.
 
 Paddle switches ``auto_cast`` and its ``GradScaler`` off on CPU with a warning, and its scaler decides on each rank for
-itself (trap 14). Here reduced precision on CPU is an error, and ``LossScaler`` is told one decision of all ranks.
+itself, so that ranks would part. Here reduced precision on CPU is an error, and ``LossScaler`` takes one decision of
+all ranks.
 """
 
 import contextlib
@@ -39,10 +40,14 @@ def check_precision(precision: str, device: str, capability: tuple[int, int] | N
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager:
-    """Context in which the backbone's forward runs (O1: matrix products and convolutions reduced, weights float32)."""
+    """Context in which the backbone's forward runs (O1: matrix products and convolutions reduced, weights float32).
+
+    PReLU is reduced too: it only scales and its kernels exist; in float32 it would double the traffic of the largest
+    activations. Its slopes stay float32 parameters with float32 gradients.
+    """
     if precision == "fp32":
         return contextlib.nullcontext()
-    return paddle.amp.auto_cast(enable=True, dtype=DTYPES[precision], level="O1")
+    return paddle.amp.auto_cast(enable=True, dtype=DTYPES[precision], level="O1", custom_white_list={"prelu"})
 
 
 class LossScaler:

@@ -37,6 +37,7 @@ class Replica:
             for name, tensor in backbone.state_dict().items()
             if (id(tensor) not in parameters or name.endswith(("._mean", "._variance"))) and tensor.is_floating_point()
         ]
+        self._sizes = [int(tensor.size) for tensor in self._statistics]
         self.remember_statistics()
         forward = compile_backbone(backbone) if compile else backbone
         self.model = paddle.DataParallel(forward) if self.world_size > 1 else forward
@@ -69,7 +70,7 @@ class Replica:
                 return
             flat = self._flat_statistics()
             if self.world_size > 1:
-                flat = distributed.all_reduce_sum(flat) * (1.0 / self.world_size)
+                flat = distributed.all_reduce_sum(flat).scale_(1.0 / self.world_size)
                 self._write_statistics(flat)
             self._good = flat
 
@@ -79,12 +80,13 @@ class Replica:
 
     def _flat_statistics(self) -> paddle.Tensor:
         with paddle.no_grad():
-            return paddle.concat([tensor.detach().reshape([-1]) for tensor in self._statistics])
+            return paddle.concat([each if each.ndim == 1 else each.reshape([-1]) for each in self._statistics])
 
     def _write_statistics(self, flat: paddle.Tensor) -> None:
-        sizes = [int(tensor.size) for tensor in self._statistics]
-        for tensor, part in zip(self._statistics, paddle.split(flat, sizes), strict=True):
-            tensor.set_value(part.reshape(tensor.shape))
+        parts = paddle.split(flat, self._sizes)
+        for tensor, part in zip(self._statistics, parts, strict=True):
+            part = part if tensor.ndim == 1 else part.reshape(tensor.shape)
+            paddle.assign(part, output=tensor)  # set_value of Paddle 2.6 goes through numpy, and the host waits
 
 
 def _synchronise_norms(layer: paddle.nn.Layer) -> None:

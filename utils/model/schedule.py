@@ -2,11 +2,11 @@
 
 t is the update (0 is the first), w the warm-up length, T the total, all in updates; e = t / updates an epoch.
 
-    warm-up, t < w     base * (t + 1) / w            from the very first update (trap 40)
+    warm-up, t < w     base * (t + 1) / w            from the very first update
     poly               base * (1 - (t - w) / (T - w)) ** power, never below min_lr
     cosine             min_lr + (base - min_lr) / 2 * (1 + cos(pi * (t - w) / (T - w)))
     multistep          base * gamma ** (number of milestones <= e)
-    step               base * gamma ** (number of milestones with milestone - 1 <= floor(e)): the Paddle ancestor's rule
+    step               base * gamma ** (number of milestones with milestone - 1 <= floor(e)): arcface-Paddle's rule
     constant           base
 """
 

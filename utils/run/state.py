@@ -5,14 +5,30 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
 
 from utils import distributed
 from utils.errors import UserError
-from utils.run.checkpoint import Snapshot, find_checkpoint, load_checkpoint, read_meta
+from utils.run.checkpoint import CheckpointWriter, Snapshot, find_checkpoint, load_checkpoint, read_meta
+
+if TYPE_CHECKING:
+    from config import Config
+    from eval.during_training import Verification
+    from partial_fc import PartialFC
+    from utils.data.loader import TrainLoader
+    from utils.head.draw import Draw
+    from utils.model.ema import Ema
+    from utils.model.optimizer import BackboneOptimizer
+    from utils.model.precision import LossScaler
+    from utils.model.replica import Replica
+    from utils.model.schedule import LrSchedule
+    from utils.run.log import RunLog
+    from utils.run.meters import SpikeDetector
+    from utils.run.pictures import Pictures
+    from utils.run.watchdog import Watchdog
 
 
 @dataclass
@@ -41,30 +57,55 @@ class Progress:
 class Run:
     """The parts of one run on this rank; ``train.build`` makes them."""
 
-    config: Any  # config.Config
-    loader: Any  # utils.data.loader.TrainLoader
-    replica: Any  # utils.model.replica.Replica, the backbone
-    head: Any  # partial_fc.PartialFC
-    optimizer: Any  # utils.model.optimizer.BackboneOptimizer
-    schedule: Any  # utils.model.schedule.LrSchedule
-    scaler: Any  # utils.model.precision.LossScaler
-    ema: Any  # utils.model.ema.Ema or None
-    verification: Any  # eval.during_training.Verification or None
-    log: Any  # utils.run.log.RunLog
-    writer: Any  # utils.run.checkpoint.CheckpointWriter
-    watchdog: Any  # utils.run.watchdog.Watchdog
-    spikes: Any  # utils.run.meters.SpikeDetector
+    config: "Config"
+    loader: "TrainLoader"
+    replica: "Replica"  # the backbone
+    head: "PartialFC"
+    optimizer: "BackboneOptimizer"
+    schedule: "LrSchedule"
+    scaler: "LossScaler"
+    ema: "Ema | None"
+    verification: "Verification | None"
+    log: "RunLog"
+    writer: CheckpointWriter
+    watchdog: "Watchdog"
+    spikes: "SpikeDetector"
     accumulation: int  # micro-batches an update
     images_per_update: int  # of all ranks
     progress: Progress = field(default_factory=Progress)
-    batch_keys: Any = None  # records of this rank's last micro-batch
-    pictures: Any = None  # utils.run.pictures.Pictures or None
+    pictures: "Pictures | None" = None
+    batch_keys: np.ndarray | None = None  # records of this rank in the present update
+    used: dict | None = None  # where the loader stood behind the present update's batches; it may be ahead of them
+
+    @property
+    def data_state(self) -> dict:
+        """Where training stands in the data: what a checkpoint keeps of the loader."""
+        return self.loader.state_dict() if self.used is None else self.used
 
     @property
     def schedule_step(self) -> float:
         """Updates' worth of images done; ``progress.step`` unless a resume changed the global batch."""
-        state = self.loader.state_dict()
+        return self.updates_at(self.data_state)
+
+    def updates_at(self, state: dict) -> float:
+        """Updates' worth of images before this state of the loader."""
         return state["epoch"] * self.schedule.steps_per_epoch + state["position"] / self.images_per_update
+
+    def use(self, batches: list) -> "list | Draw":
+        """Note which batches the present update is of; what its head is to be prepared with."""
+        if not isinstance(batches, Batches):
+            return [label_B for _, label_B in batches]
+        self.batch_keys, self.used = batches.keys, batches.stop
+        return batches.draw
+
+
+class Batches(list):
+    """The micro-batches (image, label) of one update, and what the host made ready with them."""
+
+    def __init__(self, micro: list, *, draw: "Draw", keys: np.ndarray, start: dict, stop: dict, waited: float):
+        super().__init__(micro)
+        self.draw, self.keys, self.waited = draw, keys, waited  # classes; records of this rank; seconds in the loader
+        self.start, self.stop = start, stop  # where the loader stood before and behind them
 
 
 def seed_update(seed: int, step: int, rank: int) -> None:
@@ -147,7 +188,7 @@ def snapshot(run: Run) -> Snapshot:
             "num_samples": run.loader.num_samples,
         },
         "progress": asdict(run.progress),
-        "loader": run.loader.state_dict(),
+        "loader": run.data_state,
         "head": head.meta_state(),
         "optimizer_updates": run.optimizer.num_updates,
         "ema_updates": run.ema.num_updates if run.ema is not None else None,
@@ -173,6 +214,7 @@ def restore(run: Run, meta: dict) -> None:
         else:  # averaging switched on at the resume starts from the weights
             run.ema.load_state(loaded.shared["backbone"], 0)
     run.loader.load_state_dict(meta["loader"])
+    run.used = None
     run.scaler.load_state(meta["scaler"])
     run.spikes.load_state(meta["spikes"])
     for each in fields(Progress):

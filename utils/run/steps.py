@@ -1,5 +1,7 @@
-"""What the training loop does between updates: fetch data, tell, save. All ranks call each of these in step."""
+"""What the training loop does around updates: fetch data, log, save. All ranks call each of these in step."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +12,7 @@ from utils.head.angles import AngleStats
 from utils.run.log import StepMetrics
 from utils.run.meters import Meter
 from utils.run.signals import StopSignal
-from utils.run.state import Run, snapshot
+from utils.run.state import Batches, Run, snapshot
 from utils.system import peak_memory_mb
 
 
@@ -24,43 +26,89 @@ class Update:
     angles: AngleStats | None = None
 
 
-def fetch(run: Run, iterator, stop: StopSignal) -> list | None:
-    """The micro-batches of an update, None if the epoch is over; sets ``stop.agreed``. All ranks call it.
+class Feed:
+    """The batches of one update after another, epoch after epoch. All ranks pull in step.
 
-    What one rank has to tell (a record that cannot be read, a label that is no class, a signal, a save that failed)
-    reaches all of them here, before a collective of the update.
+    ``ahead`` fetches those of the next update while the device still works on the present one; what goes wrong there is
+    kept for ``next``, so that the present update ends first.
     """
-    batches, error = [], None
-    num_classes = run.head.shard.num_classes
+
+    def __init__(self, run: Run, stop: StopSignal):
+        self._run, self._stop, self._iterator = run, stop, iter(run.loader)
+        self._ready: Batches | None = None
+        self._error: Exception | None = None
+
+    def next(self) -> Batches:
+        """The batches of the next update."""
+        if self._error is not None:
+            raise self._error
+        batches, self._ready = self._ready or self._pull(ahead=False), None
+        return batches
+
+    def ahead(self) -> None:
+        """Have the batches of the update after the present one ready."""
+        try:
+            self._ready = self._pull(ahead=True)
+        except (UserError, OSError) as error:
+            self._error = error
+
+    def _pull(self, ahead: bool) -> Batches:
+        self._run.watchdog.enter("data")
+        while (batches := fetch(self._run, self._iterator, self._stop, ahead)) is None:
+            self._iterator = iter(self._run.loader)  # the epoch is over; the loader stands at the next one
+        return batches
+
+
+def fetch(run: Run, iterator: Iterator, stop: StopSignal, ahead: bool = False) -> Batches | None:
+    """The batches of an update, its classes drawn; None if the epoch is over. Sets ``stop.agreed``. All ranks call it.
+
+    One message among the hosts carries the labels of all ranks and what one rank has to say (a record that cannot be
+    read, a label that is no class, a signal, a save that failed), before a collective of the update.
+
+    Args:
+        ahead: an update is under way; these batches are for the one after it.
+    """
+    micro, labels, keys, error, ended = [], [], [], None, False
+    num_classes, size = run.head.shard.num_classes, run.loader.batch_size
+    start, asked = run.loader.state_dict(), time.monotonic()
     try:
-        while len(batches) < run.accumulation:
+        while len(micro) < run.accumulation:
             image_BCHW, label_B = next(iterator)
-            labels = label_B.numpy()
-            wrong = (labels < 0) | (labels >= num_classes)
+            label = np.asarray(label_B)
+            wrong = (label < 0) | (label >= num_classes)
             if wrong.any():
-                keys = ", ".join(str(key) for key in run.loader.last_keys[wrong][:3])
+                named = ", ".join(str(key) for key in run.loader.last_keys[wrong][:3])
                 raise UserError(
-                    f"{run.config.data.root}: label {labels[wrong][0]} of record {keys} is not in [0, {num_classes}); "
+                    f"{run.config.data.root}: label {label[wrong][0]} of record {named} is not in [0, {num_classes}); "
                     "set data.num_classes (or the data's property file) to the number of identities"
                 )
-            batches.append((image_BCHW, label_B))
-            run.batch_keys = run.loader.last_keys
+            micro.append((image_BCHW, label))
+            labels.append(label)
+            keys.append(run.loader.last_keys)
     except StopIteration:
-        batches = None
+        ended = True
     except (UserError, OSError) as failure:
         error = failure
-    writer = run.writer
-    failed, stop.agreed, save_failed, saving = distributed.agree(
-        error is not None, stop.received is not None, writer.failed, writer.pending
-    )
+    waited, writer = time.monotonic() - asked, run.writer
+    message = np.zeros(4 + run.accumulation * size, np.int64)
+    message[:4] = error is not None, stop.received is not None, writer.failed, writer.pending
+    if error is None and not ended:
+        message[4:] = np.concatenate(labels)
+    table = distributed.gather_host(message)
+    failed, stop.agreed, save_failed, saving = table[:, :4].any(axis=0).tolist()
     if failed:
         distributed.raise_together(error)
     if writer.busy and not saving:
         writer.finish(save_failed)
-    return batches
+    if ended:
+        return None
+    draw = run.head.draw(np.split(table[:, 4:], run.accumulation, axis=1), ahead=int(ahead))
+    return Batches(
+        micro, draw=draw, keys=np.concatenate(keys), start=start, stop=run.loader.state_dict(), waited=waited
+    )
 
 
-def report_odd(run: Run, done) -> None:
+def report_odd(run: Run, done: Update) -> None:
     """Loss spikes and skipped updates, with the records of the batch. All ranks call it with the same figures."""
     spike = run.spikes.observe(done.loss)
     if not (spike or done.skipped):
@@ -76,12 +124,12 @@ def report_odd(run: Run, done) -> None:
     run.log.event(step, what, loss=done.loss, grad_norm=done.grad_norm, loss_scale=run.scaler.scale, records=keys)
 
 
-def log_update(run: Run, done, lr: float, meter: Meter) -> None:
+def log_update(run: Run, done: Update, lr: float, meter: Meter) -> None:
     """One line of figures, then a new span of the meter."""
     images_s, waiting, loss = meter.read()
     left = (run.schedule.total_steps - run.schedule_step) * run.images_per_update
     angles = done.angles
-    state = run.loader.state_dict()
+    state = run.data_state
     run.log.train(
         StepMetrics(
             step=run.progress.step,
