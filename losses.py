@@ -271,10 +271,11 @@ class AdaFace(Margin):
         if not (0 <= m <= math.pi / 2 and h >= 0 and 0 < t_alpha <= 1):
             raise UserError(f"adaface: m {m} in [0, pi/2], h {h} >= 0 and t_alpha {t_alpha} in (0, 1] needed")
         self.m, self.h, self.t_alpha = float(m), float(h), float(t_alpha)
-        self.mean, self.std = 20.0, 100.0
+        self.load_state({"mean": 20.0, "std": 100.0})
 
     def _shape(self, cos, norm):
-        quality = (paddle.clip(norm, 1e-3, 100.0) - self.mean) / (self.std + 1e-3)
+        mean, std = self._mean.astype(norm.dtype), self._std.astype(norm.dtype)
+        quality = (paddle.clip(norm, 1e-3, 100.0) - mean) / (std + 1e-3)
         k = paddle.clip(quality * self.h, -1.0, 1.0)
         wanted = paddle.acos(cos) - self.m * k
         angle = paddle.clip(wanted, 1e-3, math.pi - 1e-3)
@@ -284,18 +285,20 @@ class AdaFace(Margin):
 
     def observe(self, norm):
         safe = paddle.clip(norm.astype("float64"), 1e-3, 100.0)
-        mean = float(safe.mean())
-        if not math.isfinite(mean):
-            return  # the step will be skipped; the running average must not be poisoned
-        self.mean += self.t_alpha * (mean - self.mean)
+        mean = safe.mean()
+        # A batch that is not finite is skipped later on; it must not stay in the running averages.
+        finite = paddle.isfinite(mean)
+        self._mean = paddle.where(finite, self._mean + self.t_alpha * (mean - self._mean), self._mean)
         if norm.shape[0] > 1:
-            self.std += self.t_alpha * (float(safe.std()) - self.std)
+            self._std = paddle.where(finite, self._std + self.t_alpha * (safe.std() - self._std), self._std)
 
     def state(self):
-        return {"mean": self.mean, "std": self.std}
+        return {"mean": float(self._mean), "std": float(self._std)}
 
     def load_state(self, state):
-        self.mean, self.std = float(state["mean"]), float(state["std"])
+        # On the device, in float64: an update neither reads nor writes them from the host.
+        self._mean = paddle.full([], float(state["mean"]), "float64")
+        self._std = paddle.full([], float(state["std"]), "float64")
 
 
 class MagFace(Margin):
