@@ -40,7 +40,7 @@ def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:
     if len(same) == 0:
         raise UserError(f"{path}: no pairs in it")
     for pair, flag in enumerate(same):
-        if not (isinstance(flag, (bool, int, np.integer)) and flag in (0, 1)):
+        if not (isinstance(flag, (bool, int, float, np.generic)) and flag in (0, 1)):
             raise UserError(f"{path}: the label of pair {pair} is {flag!r}, True or False was expected")
     encoded = []
     for number, image in enumerate(images):
