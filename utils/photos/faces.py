@@ -12,11 +12,11 @@ import numpy as np
 
 from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
+from utils.images import IMAGE_SUFFIXES, find_image_files
 from utils.photos.align import align_face, lies_outside
 from utils.photos.detect import Detector, choose_faces
+from utils.photos.landmarks import read_landmark_list
 from utils.photos.photo import read_photo
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -46,36 +46,19 @@ def find_images(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise UserError(f"{source}: no such file or folder")
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = find_image_files(source).paths()
     if not found:
         raise UserError(f"{source}: no images there ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
 def read_landmarks(path: Path, folder: Path) -> list[Face]:
-    """Faces of a list with one line each: name relative to ``folder``, then x1 y1 ... x5 y5, spaces or commas between.
-
-    Names may hold spaces where commas separate. A header line and empty lines are passed over; what follows the ten
-    numbers (a detector's score) is ignored.
-    """
+    """Faces of a landmark list (``utils.photos.landmarks`` says which formats); names are relative to ``folder``."""
     faces = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        name, *fields = [part.strip() for part in line.split(",")] if "," in line else line.split() or [""]
-        if not name:
-            continue
-        try:
-            values = [float(field) for field in fields[:10]]
-        except ValueError:
-            if number == 1:
-                continue  # a header
-            raise UserError(f"{path}:{number}: {line[:60]!r}: ten numbers expected after the name") from None
-        if len(values) != 10 or not np.isfinite(values).all():
-            raise UserError(f"{path}:{number}: {len(values)} finite numbers after {name!r}; x1 y1 ... x5 y5 expected")
+    for name, found in read_landmark_list(path).items():
         if not (folder / name).is_file():
-            raise UserError(f"{path}:{number}: {folder / name}: no such image")
-        faces.append(Face(folder / name, np.array(values).reshape(5, 2)))
-    if not faces:
-        raise UserError(f"{path}: no landmarks in it")
+            raise UserError(f"{path}: {folder / name}: no such image")
+        faces += [Face(folder / name, face.landmark_52, face.score) for face in found]
     return faces
 
 

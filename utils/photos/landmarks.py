@@ -1,0 +1,144 @@
+"""Landmark lists: what another detector found, in the formats that detectors and data sets write.
+
+- ``name x1 y1 ... x5 y5 [score]``, blanks, tabs or commas between (insightface's IJB lists, CelebA's with its two lines
+  of header);
+- CSV with a header that names ``source`` (or ``name``, ``path``), ``x1`` ... ``y5`` and, if there is one, ``score``:
+  what ``tools/align.py`` writes as ``faces.csv``;
+- RetinaFace's and WIDER FACE's ``# name`` lines, each followed by its faces: the box x y w h, five points with a flag
+  behind each (or without), and a score; a face whose points are -1 has none and is passed over.
+
+Points are (x, y) in pixels of the upright photo: eyes, nose tip, mouth corners, left to right as the viewer sees them.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.photos.detect import DetectedFace
+from utils.text import read_text_lines
+
+_COLUMNS = [f"{axis}{number}" for number in range(1, 6) for axis in "xy"]
+_NAME_COLUMNS = ("source", "name", "path")
+
+
+def read_landmark_list(path: str | Path) -> dict[str, list[DetectedFace]]:
+    """Name of a photo as it stands in the list -> its faces, in the list's order.
+
+    A face's box is the one listed, or what its points span. The score is 1 where none is listed.
+
+    Raises:
+        UserError: a line that is no landmarks, naming file and line; nothing in it.
+    """
+    lines = read_text_lines(path)
+    first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith("#"):
+        faces = _read_grouped(path, lines)
+    elif {column.strip().lower() for column in first.split(",")} >= set(_COLUMNS):
+        faces = _read_table(path, lines)
+    else:
+        faces = _read_plain(path, lines)
+    if not faces:
+        raise UserError(f"{path}: no landmarks in it")
+    return faces
+
+
+def _read_plain(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFace]]:
+    faces: dict[str, list[DetectedFace]] = {}
+    for number, line in enumerate(lines, 1):
+        name, *fields = next(csv.reader([line], skipinitialspace=True)) if "," in line else line.split() or [""]
+        name, fields = name.strip(), [field for field in fields if field.strip()]
+        if not name:
+            continue
+        try:
+            values = [float(field) for field in fields[:11]]
+        except ValueError:
+            if not faces and not any(_is_number(field) for field in fields):
+                continue  # a header
+            raise UserError(f"{path}:{number}: {line[:60]!r}: ten numbers expected after the name") from None
+        if not values and not faces and name.isdecimal():
+            continue  # CelebA's count
+        _add(faces, f"{path}:{number}", name, values[:10], values[10] if len(values) > 10 else 1.0)
+    return faces
+
+
+def _read_table(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFace]]:
+    faces: dict[str, list[DetectedFace]] = {}
+    rows = csv.reader(lines, skipinitialspace=True)
+    header: list[str] = []
+    for fields in rows:
+        if not any(field.strip() for field in fields):
+            continue
+        if not header:
+            header = [field.strip().lower() for field in fields]
+            name_column = next((header.index(name) for name in _NAME_COLUMNS if name in header), None)
+            if name_column is None:
+                raise UserError(f"{path}: a column of photos is missing: {' or '.join(_NAME_COLUMNS)}")
+            columns = [header.index(column) for column in _COLUMNS]
+            score_column = header.index("score") if "score" in header else None
+            continue
+        where = f"{path}:{rows.line_num}"
+        if len(fields) != len(header):
+            raise UserError(f"{where}: {len(fields)} fields, {len(header)} expected")
+        try:
+            values = [float(fields[column]) for column in columns]
+            score = 1.0 if score_column is None else float(fields[score_column])
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; numbers expected in x1 ... y5 and score") from None
+        _add(faces, where, fields[name_column], values, score)
+    return faces
+
+
+def _read_grouped(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFace]]:
+    faces: dict[str, list[DetectedFace]] = {}
+    name = ""
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if line.startswith("#"):
+            name = line.lstrip("#").strip().replace("\\", "/").removeprefix("./")
+            faces.setdefault(name, [])
+            continue
+        if not line:
+            continue
+        where = f"{path}:{number}"
+        try:
+            values = [float(field) for field in line.replace(",", " ").split()]
+        except ValueError:
+            raise UserError(f"{where}: {line[:60]!r}: numbers expected below '# name'") from None
+        if len(values) in (14, 15):
+            points = values[4:14]
+        elif len(values) in (19, 20):
+            points = [value for start in range(4, 19, 3) for value in values[start : start + 2]]
+        else:
+            raise UserError(f"{where}: {len(values)} numbers; a box, five points (with or without flags) and a score "
+                            "were expected")  # fmt: skip
+        if points[0] == -1 and len(set(points)) == 1:
+            continue
+        left, top, width, height = values[:4]
+        score = values[-1] if len(values) in (15, 20) else 1.0
+        _add(faces, where, name, points, score, (left, top, left + width, top + height))
+    return faces
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _add(
+    faces: dict[str, list[DetectedFace]],
+    where: str,
+    name: str,
+    values: list[float],
+    score: float,
+    box: tuple[float, float, float, float] | None = None,
+) -> None:
+    if len(values) != 10 or not np.isfinite(values).all():
+        raise UserError(f"{where}: {len(values)} finite numbers after {name!r}; x1 y1 ... x5 y5 expected")
+    landmark_52 = np.array(values, np.float64).reshape(5, 2)
+    box = box or (*landmark_52.min(axis=0).tolist(), *landmark_52.max(axis=0).tolist())
+    faces.setdefault(name.replace("\\", "/").removeprefix("./"), []).append(DetectedFace(landmark_52, score, box))
