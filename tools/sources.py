@@ -1,8 +1,13 @@
 """A data set as a tool's argument: record set, folder of identities, list or tar shards, told by what is there."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from dataset import SOURCES, Source, build_source
+from utils.decode import fit_image
 from utils.errors import UserError
 
 _SHARDS = (".tar", ".tar.gz", ".tgz")
@@ -42,3 +47,41 @@ def _shards(path: Path) -> Source:
     if "wds" not in SOURCES:
         raise UserError(f"{path}: tar shards cannot be read here; unpack them to a folder an identity")
     return build_source("wds", root=path)
+
+
+class NetworkImages:
+    """Images at the network's size. Square ones are scaled; others only where ``resize`` allows to stretch them.
+
+    Args:
+        get: i -> uint8 RGB [H, W, 3].
+        count: how many.
+        size: side in pixels.
+        name_of: what to call image i.
+        resize: stretch images that are not square.
+        keep: called with (i, the image as it was read).
+    """
+
+    def __init__(self, get: Callable[[int], np.ndarray], count: int, size: int, name_of: Callable[[int], str],
+                 resize: bool = False, keep: Callable[[int, np.ndarray], None] | None = None):  # fmt: skip
+        self._get, self._count, self.size, self.name_of = get, count, size, name_of
+        self._resize, self._keep = resize, keep
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        image = self._get(i)
+        if self._keep is not None:
+            self._keep(i, image)
+        height, width = image.shape[:2]
+        if height != width and not self._resize:
+            raise UserError(f"{self.name_of(i)}: {width}x{height} pixels; square aligned crops were expected, give "
+                            "--resize to stretch others")  # fmt: skip
+        return fit_image(image, (self.size, self.size), "stretch")
+
+
+def pixel_digest(image: np.ndarray) -> int:
+    """64 bits of a decoded image: equal for equal pixels, whatever the file."""
+    state = hashlib.blake2b(str(image.shape).encode(), digest_size=8)
+    state.update(np.ascontiguousarray(image))
+    return int.from_bytes(state.digest(), "little")

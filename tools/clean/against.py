@@ -20,10 +20,10 @@ from eval.features import aligned_image
 from eval.protocols import read_ijb
 from eval.stream import digest, embed_to_file
 from tools.clean.analysis import Findings, add_to_sums, threshold_at
-from tools.clean.reading import NetworkImages, pixel_digest, source_stamp
+from tools.clean.reading import source_stamp
 from tools.clean.rows import BLOCK_BYTES, Rows
 from tools.clean.statistics import DEFAULT_RULE, SIZES, Rule, agreement, directions, halfway, halves
-from tools.sources import open_source
+from tools.sources import NetworkImages, open_source, pixel_digest
 from utils import distributed
 from utils.decode import DecodeError, decode_image
 from utils.errors import UserError

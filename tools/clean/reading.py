@@ -3,8 +3,7 @@
 Legend: N images, D embedding size.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,8 @@ import numpy as np
 from dataset import Source
 from eval.embed import Embedder
 from eval.stream import digest, embed_to_file
+from tools.sources import NetworkImages, pixel_digest
 from utils import distributed
-from utils.decode import fit_image
 from utils.errors import UserError
 from utils.system import threads_of_rank
 
@@ -37,44 +36,6 @@ class Reading:
     label_N: np.ndarray
     pixels_N: np.ndarray
     thumbnail_NP: np.ndarray
-
-
-class NetworkImages:
-    """Images at the network's size. Square ones are scaled; others only where ``resize`` allows to stretch them.
-
-    Args:
-        get: i -> uint8 RGB [H, W, 3].
-        count: how many.
-        size: side in pixels.
-        name_of: what to call image i.
-        resize: stretch images that are not square.
-        keep: called with (i, the image as it was read).
-    """
-
-    def __init__(self, get: Callable[[int], np.ndarray], count: int, size: int, name_of: Callable[[int], str],
-                 resize: bool = False, keep: Callable[[int, np.ndarray], None] | None = None):  # fmt: skip
-        self._get, self._count, self.size, self.name_of = get, count, size, name_of
-        self._resize, self._keep = resize, keep
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        image = self._get(i)
-        if self._keep is not None:
-            self._keep(i, image)
-        height, width = image.shape[:2]
-        if height != width and not self._resize:
-            raise UserError(f"{self.name_of(i)}: {width}x{height} pixels; square aligned crops were expected, give "
-                            "--resize to stretch others")  # fmt: skip
-        return fit_image(image, (self.size, self.size), "stretch")
-
-
-def pixel_digest(image: np.ndarray) -> int:
-    """64 bits of a decoded image: equal for equal pixels, whatever the file."""
-    state = hashlib.blake2b(str(image.shape).encode(), digest_size=8)
-    state.update(np.ascontiguousarray(image))
-    return int.from_bytes(state.digest(), "little")
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:

@@ -19,6 +19,9 @@ from utils.photos.landmarks import read_landmark_list
 from utils.photos.photo import read_photo
 
 
+CROP_SIZE = (112, 112)  # of aligned faces everywhere
+
+
 @dataclass(frozen=True)
 class Face:
     """One face to embed: the photo, and the landmarks if it has to be aligned (None: the photo is the aligned crop)."""
@@ -77,7 +80,8 @@ def detect_faces(paths: list[Path], detect: Detector, every: bool) -> tuple[list
 class AlignedFaces:
     """A sequence of aligned crops, read when asked for: ``len`` and ``[i]`` -> uint8 RGB [size, size, 3].
 
-    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored. ``outside``
+    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored. Crops of the
+    usual 112 x 112 are scaled for a network of another size; others only with ``resize``, since they may be photos. ``outside``
     collects the numbers of faces that were read and have a landmark outside of their photo.
     """
 
@@ -97,7 +101,7 @@ class AlignedFaces:
             return align_face(photo, face.landmark_52, self.size)
         image = read_image(face.path)
         if image.shape[:2] != (self.size, self.size):
-            if not self.resize:
+            if not self.resize and image.shape[:2] != CROP_SIZE:
                 raise UserError(
                     f"{face.path}: {image.shape[1]}x{image.shape[0]} pixels, the network takes aligned {self.size}x"
                     f"{self.size} crops; give --landmarks or --detector, or --resize for crops of another size"

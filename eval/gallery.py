@@ -1,0 +1,339 @@
+"""A gallery of people on disk, and the search for who a face is: nobody is an answer.
+
+A gallery is one safetensors file, written whole: ``embedding`` float32 [R, D] (unit rows, a person's together),
+``person`` int32 [R], ``pixels`` uint64 [R] (digests, so that a photo is enrolled once), ``stranger`` float32 [I, D]
+(people who are known not to be in it), ``impostor`` float32 [P] (scores of strangers, descending) and ``names`` (JSON
+as bytes). What it was made with (model, alignment, detector) is JSON in its header. Reading maps the file: searches
+need memory for a block.
+
+The score of a person is the best cosine to one of the person's photos. The threshold is measured: how close do people
+come who are not in the gallery? Each of a sample of photos is searched as if its person were not enrolled; or, where
+given, photos of strangers are. Its rate is the share of strangers who would get a name.
+
+Legend: R rows (photos), D embedding size, G people, Q queries, K chosen, B one block, P measured strangers.
+"""
+
+import json
+import math
+import secrets
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from eval.vectors import row_norms
+from utils.errors import UserError
+from utils.files import describe_file, written_whole
+from utils.progress import progress_bar
+
+FORMAT = "arcface-paddle-pfc gallery 1"
+MOST_PROBES = 5000  # photos that a threshold is measured on
+_BLOCK_BYTES = 1 << 26
+_KINDS = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U64": np.dtype("<u8"), "U8": np.dtype("u1")}
+_TENSORS = {"embedding": ("F32", 2), "person": ("I32", 1), "pixels": ("U64", 1), "stranger": ("F32", 2),
+            "impostor": ("F32", 1), "names": ("U8", 1)}  # fmt: skip
+_ABOUT = {"format": str, "id": str, "model": str, "identity": str, "alignment": str, "strangers": str}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a gallery was made with.
+
+    Attributes:
+        model: path of the model, for the next call.
+        identity: digest of its weights; embeddings of other weights cannot be compared.
+        alignment: how faces are brought to crops.
+        detector: name or file of the face detector; None: the photos were aligned crops.
+        strangers: who the threshold was measured on.
+        id: of this very file, so that an index of another state is not used.
+    """
+
+    model: str
+    identity: str
+    alignment: str = "arcface"
+    detector: str | None = None
+    strangers: str = ""
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+@dataclass(frozen=True)
+class Match:
+    """A person and the best cosine to one of the person's photos."""
+
+    name: str
+    cos: float
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """``value``: who scores above it is known. ``far``: the share of ``strangers`` above it; 0 of few says little."""
+
+    value: float
+    far: float
+    strangers: int
+
+    def __str__(self) -> str:
+        bound = "" if self.far else f", below {min(1.0, 3 / self.strangers):.1e} with 95% confidence"
+        return f"threshold {self.value:.4f}, false-accept rate {self.far:.2e}{bound}, {self.strangers} searches"
+
+
+class Gallery:
+    """A gallery file, mapped.
+
+    Attributes:
+        path: the file.
+        about: what it was made with.
+        names: [G].
+        embedding_RD, person_R, pixels_R, stranger_ID, impostor_P: memory maps.
+
+    Raises:
+        UserError: not a gallery, or a damaged one.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such gallery; enrol people first (tools/search.py enrol)")
+        tensors, about = _read_header(self.path)
+        self.about = about
+        self.embedding_RD, self.person_R, self.pixels_R = (tensors[name] for name in ("embedding", "person", "pixels"))
+        self.stranger_ID, self.impostor_P = tensors["stranger"], tensors["impostor"]
+        try:
+            self.names = json.loads(tensors["names"].tobytes())
+        except ValueError:
+            raise self._damaged("its names are not JSON") from None
+        count = len(self.embedding_RD)
+        if not isinstance(self.names, list) or not all(isinstance(name, str) for name in self.names):
+            raise self._damaged("its names are not a list of texts")
+        if not count or self.person_R.shape != (count,) or self.pixels_R.shape != (count,):
+            raise self._damaged(
+                f"{count} embeddings, {len(self.person_R)} people numbers, {len(self.pixels_R)} digests"
+            )
+        if self.person_R[0] != 0 or self.person_R[-1] != len(self.names) - 1 or not self._in_order():
+            raise self._damaged("people do not stand in order")
+        if self.stranger_ID.shape[1] != self.embedding_RD.shape[1]:
+            raise self._damaged("strangers and people have embeddings of different sizes")
+
+    def _in_order(self) -> bool:
+        steps = np.diff(self.person_R)
+        return bool(((steps == 0) | (steps == 1)).all())
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(f"{self.path}: a damaged gallery ({reason}); enrol again or restore a copy")
+
+    def __len__(self) -> int:
+        return len(self.embedding_RD)
+
+    def search(self, query_QD: np.ndarray, top: int = 5) -> list[list[Match]]:
+        """The ``top`` people of each query, the best first (equal cosines in the order of enrolment); exact.
+
+        Args:
+            query_QD: unit rows.
+            top: people wanted; fewer come from a smaller gallery.
+
+        Blocks are multiplied in float32; what is too close to call, in float64.
+        """
+        query_QD = np.asarray(query_QD, np.float64)
+        result = []
+        narrow = query_QD.astype(np.float32)
+        for first in range(0, len(query_QD), 16):  # people x queries are held at once
+            part = slice(first, first + 16)
+            best_QG = self._best_of_people(narrow[part])
+            result += [self._exactly(query, best, top) for query, best in zip(query_QD[part], best_QG, strict=True)]
+        return result
+
+    def _blocks(self) -> Iterable[tuple[int, np.ndarray]]:
+        height = max(1, _BLOCK_BYTES // (4 * self.embedding_RD.shape[1]))
+        for first in range(0, len(self), height):
+            yield first, np.asarray(self.embedding_RD[first : first + height])
+
+    def _best_of_people(self, query_QD: np.ndarray) -> np.ndarray:
+        best_QG = np.full((len(query_QD), len(self.names)), -np.inf, np.float32)
+        for first, block_BD in self._blocks():
+            score_QB = query_QD @ block_BD.T
+            person_B = self.person_R[first : first + len(block_BD)]
+            start = np.flatnonzero(np.diff(person_B, prepend=-1))
+            low, high = int(person_B[0]), int(person_B[-1]) + 1
+            np.maximum(best_QG[:, low:high], np.maximum.reduceat(score_QB, start, axis=1), out=best_QG[:, low:high])
+        return best_QG
+
+    def _exactly(self, query_D: np.ndarray, best_G: np.ndarray, top: int) -> list[Match]:
+        top = min(top, len(best_G))
+        error = (len(query_D) + 8) * 2.0**-24  # of a float32 product of unit vectors
+        limit = np.partition(best_G, len(best_G) - top)[len(best_G) - top] - 2 * error
+        candidate_K = np.flatnonzero(best_G >= limit)
+        cosine_K = np.array([(self._rows_of(person) @ query_D).max() for person in candidate_K.tolist()])
+        return self.ranked(candidate_K, cosine_K, top)
+
+    def _rows_of(self, person: int) -> np.ndarray:
+        begin, end = np.searchsorted(self.person_R, [person, person + 1])
+        return np.asarray(self.embedding_RD[begin:end], np.float64)
+
+    def ranked(self, person_K: np.ndarray, cosine_K: np.ndarray, top: int) -> list[Match]:
+        """The best ``top`` of chosen people."""
+        order = np.lexsort((person_K, -cosine_K))[:top]
+        return [Match(self.names[person_K[k]], float(cosine_K[k])) for k in order.tolist()]
+
+    def threshold(self, far: float) -> Threshold | None:
+        """The lowest threshold that at most a share ``far`` of the measured strangers exceed; None if none is there."""
+        count = len(self.impostor_P)
+        if not count:
+            return None
+        value = float(self.impostor_P[min(int(far * count), count - 1)])
+        return Threshold(value, float(np.mean(self.impostor_P > value)), count)
+
+
+# --- the file
+
+
+def _read_header(path: Path) -> tuple[dict[str, np.ndarray], About]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
+        text = file.read(length) if 0 < length <= min(size - 8, 100 << 20) else b""
+    try:
+        header = json.loads(text)
+        about = json.loads(header.pop("__metadata__")["gallery"])
+        known = isinstance(about, dict) and about.get("format") == FORMAT
+    except (ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise UserError(f"{path}: not a gallery, but {describe_file(path)}; make one with tools/search.py enrol")
+    damaged = f"{path}: a damaged gallery ({{}}); enrol again or restore a copy"
+    tensors = {}
+    try:
+        for name, (kind, num_axes) in _TENSORS.items():
+            entry = header[name]
+            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            whole = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
+            if entry["dtype"] != kind or len(shape) != num_axes or not whole:
+                raise UserError(damaged.format(f"its {name} is {entry['dtype']} {list(shape)}"))
+            if end - begin != math.prod(shape) * _KINDS[kind].itemsize or 8 + length + end > size:
+                raise UserError(damaged.format(f"{size} bytes, its {name} needs {8 + length + end}"))
+            tensors[name] = (
+                np.memmap(path, _KINDS[kind], "r", 8 + length + begin, shape)
+                if math.prod(shape)
+                else np.empty(shape, _KINDS[kind])
+            )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(damaged.format(f"its header lacks or garbles {error}")) from None
+    if not all(isinstance(about.get(name), kind) for name, kind in _ABOUT.items()):
+        raise UserError(damaged.format("its header does not say what it was made with"))
+    detector = about.get("detector")
+    if not (detector is None or isinstance(detector, str)):
+        raise UserError(damaged.format("its detector is no text"))
+    fields = {name: about[name] for name in ("model", "identity", "alignment", "strangers", "id")}
+    return tensors, About(**fields, detector=detector)
+
+
+def write_gallery(
+    path: str | Path,
+    about: About,
+    names: list[str],
+    person_R: np.ndarray,
+    pixels_R: np.ndarray,
+    rows: Callable[[np.ndarray], np.ndarray],
+    stranger_ID: np.ndarray,
+    seed: int = 0,
+    show_progress: bool | None = None,
+) -> Gallery:
+    """Write a gallery whole, its threshold measured; what was at ``path`` is replaced when all is there.
+
+    Args:
+        path: the file.
+        about: what it is made with.
+        names: [G]; each must have a row.
+        person_R: index into ``names``, in any order.
+        pixels_R: digests of the photos.
+        rows: positions [n] -> unit rows float32 [n, D]; called block by block.
+        stranger_ID: unit rows of people who are not in the gallery; [0, D] where there are none.
+        seed: of the sample that the threshold is measured on.
+        show_progress: a line with rate and time left on stderr.
+    """
+    order_R = np.lexsort((np.arange(len(person_R)), person_R))
+    size = stranger_ID.shape[1]
+    count = len(order_R)
+    probes = len(stranger_ID)
+    if not probes and len(names) > 1:
+        probes = min(count, MOST_PROBES)
+    text = json.dumps(names, ensure_ascii=False).encode()
+    shapes = {"embedding": (count, size), "person": (count,), "pixels": (count,), "stranger": stranger_ID.shape,
+              "impostor": (probes,), "names": (len(text),)}  # fmt: skip
+    with written_whole(path) as aside:
+        with open(aside, "wb") as file:
+            file.write(_header(about, shapes))
+            height = max(1, _BLOCK_BYTES // (4 * size))
+            with progress_bar("writing", count, enabled=show_progress) as advance:
+                for first in range(0, count, height):
+                    block = rows(order_R[first : first + height])
+                    file.write(np.ascontiguousarray(block, "<f4").tobytes())
+                    advance(len(block))
+            file.write(np.asarray(person_R)[order_R].astype("<i4").tobytes())
+            file.write(np.asarray(pixels_R)[order_R].astype("<u8").tobytes())
+            file.write(np.ascontiguousarray(stranger_ID, "<f4").tobytes())
+            place = file.tell()
+            file.write(bytes(4 * probes))
+            file.write(text)
+        gallery = Gallery(aside)
+        if probes:
+            impostor_P = measure_strangers(gallery, seed, show_progress)
+            with open(aside, "r+b") as file:
+                file.seek(place)
+                file.write(np.sort(impostor_P)[::-1].astype("<f4").tobytes())
+        del gallery
+    return Gallery(path)
+
+
+def _header(about: About, shapes: dict[str, tuple[int, ...]]) -> bytes:
+    entries, place = {}, 0
+    for name, shape in shapes.items():
+        kind = _TENSORS[name][0]
+        end = place + math.prod(shape) * _KINDS[kind].itemsize
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    told = {"format": FORMAT, **about.__dict__}
+    text = json.dumps({"__metadata__": {"gallery": json.dumps(told, ensure_ascii=False)}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def measure_strangers(gallery: Gallery, seed: int = 0, show_progress: bool | None = None) -> np.ndarray:
+    """[P] best score of each stranger: the given ones, else some of the gallery's photos without their people."""
+    if len(gallery.stranger_ID):
+        probe_PD = np.asarray(gallery.stranger_ID)
+        begin_P = end_P = np.zeros(len(probe_PD), np.int64)
+    else:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(gallery))[:MOST_PROBES])
+        probe_PD, own_P = np.asarray(gallery.embedding_RD[chosen]), np.asarray(gallery.person_R[chosen])
+        begin_P, end_P = (np.searchsorted(gallery.person_R, own_P, side) for side in ("left", "right"))
+    best_P = np.full(len(probe_PD), -np.inf, np.float32)
+    with progress_bar("threshold", len(gallery), enabled=show_progress) as advance:
+        height = max(1, _BLOCK_BYTES // (4 * len(probe_PD)))
+        for first in range(0, len(gallery), height):
+            score_PB = probe_PD @ np.asarray(gallery.embedding_RD[first : first + height]).T
+            own = np.flatnonzero((begin_P < first + score_PB.shape[1]) & (end_P > first))
+            for probe in own.tolist():
+                score_PB[probe, max(0, begin_P[probe] - first) : end_P[probe] - first] = -np.inf
+            np.maximum(best_P, score_PB.max(1), out=best_P)
+            advance(score_PB.shape[1])
+    return best_P
+
+
+def unit_float32(raw_nD: np.ndarray, name_of: Callable[[int], str]) -> np.ndarray:
+    """Embeddings divided by their length, float32 [n, D].
+
+    Raises:
+        UserError: one is zero or not finite (``name_of`` its position).
+    """
+    raw_nD = np.asarray(raw_nD, np.float64)
+    norm_n = row_norms(raw_nD)
+    bad = ~(np.isfinite(norm_n) & (norm_n > 0))
+    if bad.any():
+        raise UserError(f"{name_of(int(np.argmax(bad)))}: its embedding is zero or not finite; check the weights")
+    return (raw_nD / norm_n[:, None]).astype(np.float32)
