@@ -80,9 +80,10 @@ def detect_faces(paths: list[Path], detect: Detector, every: bool) -> tuple[list
 class AlignedFaces:
     """A sequence of aligned crops, read when asked for: ``len`` and ``[i]`` -> uint8 RGB [size, size, 3].
 
-    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored. Crops of the
-    usual 112 x 112 are scaled for a network of another size; others only with ``resize``, since they may be photos. ``outside``
-    collects the numbers of faces that were read and have a landmark outside of their photo.
+    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored. Crops
+    of the usual 112 x 112 are scaled for a network of another size; others only with ``resize``, since they may
+    be photos. ``outside`` collects the numbers of faces that were read and have a landmark outside of their
+    photo.
     """
 
     def __init__(self, faces: list[Face], size: int, resize: bool = False):
