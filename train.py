@@ -110,6 +110,8 @@ def build(config: Config) -> Run:
             write_text(Path(run.output) / "config.yaml", dump_config(config))
     for note in filter(None, (moved, batch_note, init_note, summarize(parts, len(source), resume))):
         log.info(note)
+    for warning in verification.warnings if verification else ():
+        log.warning(f"verify.sets: {warning}")
     return parts
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from eval.bins import load_bin
-from eval.pairs import verify
+from eval.pairs import check_set, verify
+from eval.remarks import set_remarks
 from utils.errors import UserError
 
 
@@ -34,15 +35,19 @@ class Verification:
         batch_size: images at a time.
         input_size: height and width of the network's input, which all images are brought to.
 
+    Attributes:
+        warnings: what makes the figures of these sets mean less than they seem to, a line each.
+
     Raises:
-        UserError: a set is missing (all that are missing are named), or is no pair set.
+        UserError: a set is missing (all that are missing are named), is no pair set, or has one pair.
     """
 
     def __init__(self, root: str | Path, names: tuple[str, ...], batch_size: int, input_size: int):
-        paths = {}
-        for name in names:
+        paths: dict[str, Path] = {}
+        for name in map(str.strip, names):
             path = Path(name) if name.endswith(".bin") else Path(root) / f"{name}.bin"
-            paths[path.stem] = path
+            if path not in paths.values():
+                paths[str(path) if path.stem in paths else path.stem] = path
         missing = [str(path) for path in paths.values() if not path.is_file()]
         if missing:
             raise UserError(
@@ -50,8 +55,12 @@ class Verification:
                 "verify.sets"
             )
         self.sets, self.batch_size = LazySets(paths, input_size), batch_size
-        for name in self.sets:  # a set that cannot be read ends the run now, not at the first verification
-            self.sets[name]
+        warnings = []
+        for name, path in paths.items():  # a set that cannot be judged ends the run now, not at the first verification
+            images, same_P = self.sets[name]
+            check_set(str(path), same_P)
+            warnings += [f"{name}: {remark}" for remark in set_remarks(images, same_P)]
+        self.warnings = tuple(warnings)
 
     def __call__(self, backbone) -> dict[str, dict[str, float]]:
         """Figures by set, the same on all ranks. All ranks call it; every part of the backbone keeps its mode."""

@@ -13,8 +13,8 @@ import numpy as np
 
 from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
-
-_SUFFIXES = (".jpg", ".png", ".jpeg", ".bmp")
+from utils.images import find_image, is_image_name
+from utils.text import decode_text, read_text_lines
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SubjectList:
     subject_T: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TemplateProtocol:
     """A template comparison: images, their templates and media, the pairs, and perhaps 1:N lists.
 
@@ -66,7 +66,18 @@ def read_ijb(root: Path, target: str) -> TemplateProtocol:
     probe_path = meta / f"{prefix}_1N_probe_mixed.csv"
     probes = _read_subjects(probe_path, template_N, images_path) if probe_path.exists() else None
     return TemplateProtocol(
-        target, crops, names, template_N, media_N, score_N, landmark_N52, left_P, right_P, same_P, galleries, probes
+        name=target,
+        image_dir=crops,
+        image_N=names,
+        template_N=template_N,
+        media_N=media_N,
+        score_N=score_N,
+        landmark_N52=landmark_N52,
+        left_P=left_P,
+        right_P=right_P,
+        same_P=same_P,
+        galleries=galleries,
+        probes=probes,
     )
 
 
@@ -101,11 +112,10 @@ def read_csv_protocol(folder: Path) -> TemplateProtocol:
 
     pairs = []
     for line, row in _csv_rows(pairs_path, ("left", "right", "same")):
-        if row["same"] not in ("0", "1"):
+        if row["same"] not in ("0", "1", "-1"):
             raise UserError(f"{pairs_path} line {line}: same is {row['same']!r}; write 0 or 1")
-        pairs.append(
-            (template_of(pairs_path, line, row["left"]), template_of(pairs_path, line, row["right"]), row["same"])
-        )
+        same = row["same"] == "1"
+        pairs.append((template_of(pairs_path, line, row["left"]), template_of(pairs_path, line, row["right"]), same))
     pair_P3 = np.array(pairs, dtype=np.int64).reshape(-1, 3)
     _check_both_kinds(pairs_path, pair_P3[:, 2])
     landmark_N52 = np.array([[number(line, row, p) for p in points] for line, row in rows]) if has_points else None
@@ -130,8 +140,11 @@ def read_csv_protocol(folder: Path) -> TemplateProtocol:
 
 
 def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``template template same`` lines -> (left, right) int32 and same bool, [P] each. 15.7 M lines take seconds."""
-    text = _read_bytes(path).rstrip()
+    """``template template same`` lines -> (left, right) and same bool, [P] each. 15.7 M lines take seconds.
+
+    Ids are int32 where all fit (half the memory), else int64. A label is 1, or 0 or -1 for two people.
+    """
+    text = _read_ascii(path)
     num_lines = text.count(b"\n") + 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
@@ -141,46 +154,86 @@ def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             values = np.empty(0, np.int64)
     if len(values) != 3 * num_lines:
         raise UserError(_first_bad_pair(path, text))
-    del text
-    left_P, right_P = values[0::3].astype(np.int32), values[1::3].astype(np.int32)
-    label_P = values[2::3]
-    wrong = np.flatnonzero((label_P != 0) & (label_P != 1) | (left_P != values[0::3]) | (right_P != values[1::3]))
+    left_P, right_P, label_P = values[0::3], values[1::3], values[2::3]
+    wrong = np.flatnonzero((label_P != 0) & (label_P != 1) & (label_P != -1))
     if len(wrong):
         line = int(wrong[0])
-        raise UserError(f"{path} line {line + 1}: {values[3 * line : 3 * line + 3].tolist()}; a label is 0 or 1")
-    _check_both_kinds(path, label_P)
-    return left_P, right_P, label_P.astype(bool)
+        shown = values[3 * line : 3 * line + 3].tolist()
+        raise UserError(f"{path} line {line + 1}: {shown}; a label is 0 or 1 (-1 means 0)")
+    largest = max(abs(int(end)) for side in (left_P, right_P) for end in (side.min(), side.max()))
+    if largest >= 2**63 - 1:  # numpy stops there, whatever the digits say
+        line = int(np.flatnonzero((abs(left_P) == largest) | (abs(right_P) == largest))[0])
+        raise UserError(f"{path} line {line + 1}: a template id beyond {2**63 - 2}; number the templates")
+    del text
+    kind = np.int32 if largest < 2**31 else np.int64
+    left_P, right_P = left_P.astype(kind), right_P.astype(kind)
+    _check_both_kinds(path, label_P == 1)
+    return left_P, right_P, label_P == 1
+
+
+def read_pair_files(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
+    """The images of a pair list below ``root``, and whether they show one person.
+
+    Lines are LFW's own (``name 1 4`` and ``name 1 other 3``; a first line of one or two counts is passed over) or
+    ``path path label``, the label being 1, or 0 or -1 for two people. Names that hold blanks need tabs between fields.
+
+    Raises:
+        UserError: the number of the line and what is wrong with it, for the caller to put the list's name before.
+    """
+    lines = read_text_lines(path)
+    pairs, started = [], False
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        by_blanks = text.split()
+        if not started and len(by_blanks) <= 2 and all(field.isdecimal() for field in by_blanks):
+            started = True
+            continue
+        started = True
+        by_tabs = [field.strip() for field in text.strip("\t").split("\t")]
+        found = _pair(by_tabs) or _pair(by_blanks)
+        if found is None:
+            wanted = "'name i j', 'name i name j' or 'path path label'"
+            raise UserError(f"line {number}: {text.strip()[:80]!r}; {wanted} was expected, label 1, 0 or -1")
+        *names, same = found
+        files = [find_image(root / name) for name in names]
+        if None in files:
+            name = names[files.index(None)]
+            shown = name if is_image_name(name) else f"{name}.jpg"
+            raise UserError(f"line {number}: {root / shown}: no such file (nor with another image suffix)")
+        pairs.append((*files, same))
+    if not pairs:
+        raise UserError("no pairs; write one a line: 'name i j', 'name i name j' or 'path path label'")
+    return pairs
+
+
+def _pair(fields: list[str]) -> tuple[str, str, bool] | None:
+    """(left, right, same) of a line's fields, None where they are no pair."""
+    if len(fields) == 3 and fields[1].isdecimal() and fields[2].isdecimal():
+        return _lfw_name(fields[0], fields[1]), _lfw_name(fields[0], fields[2]), True
+    if len(fields) == 4 and fields[1].isdecimal() and fields[3].isdecimal():
+        return _lfw_name(fields[0], fields[1]), _lfw_name(fields[2], fields[3]), False
+    if len(fields) == 3 and fields[2] in ("0", "1", "-1") and fields[0] and fields[1]:
+        return fields[0], fields[1], fields[2] == "1"
+    return None
+
+
+def _lfw_name(name: str, number: str) -> str:
+    return f"{name}/{name}_{int(number):04d}"
 
 
 def read_pair_list(path: Path, image_dir: Path, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """LFW from a folder and a pair list -> (images uint8 [2P, size, size, 3] RGB, same bool [P]).
-
-    Lines are LFW's own (``name 1 4`` and ``name 1 name 3``, a first line of one or two counts is passed over) or
-    ``path path label``.
-    """
+    """The images of ``read_pair_files`` -> (uint8 [2P, size, size, 3] RGB, same bool [P])."""
     path, image_dir = Path(path), Path(image_dir)
     if not image_dir.is_dir():
         raise UserError(f"{image_dir}: no such folder; --image-dir must hold the images that {path} names")
-    images, same = [], []
-    for line, text in enumerate(_read_bytes(path).decode("utf-8", "replace").splitlines(), 1):
-        tokens = text.split()
-        if not tokens or (line == 1 and len(tokens) <= 2 and all(token.isdigit() for token in tokens)):
-            continue
-        if len(tokens) == 3 and tokens[1].isdigit() and tokens[2].isdigit():
-            files, label = [_lfw_file(image_dir, tokens[0], tokens[k]) for k in (1, 2)], True
-        elif len(tokens) == 4 and tokens[1].isdigit() and tokens[3].isdigit():
-            files, label = [_lfw_file(image_dir, tokens[k], tokens[k + 1]) for k in (0, 2)], False
-        elif len(tokens) == 3 and tokens[2] in ("0", "1", "-1"):
-            files, label = [image_dir / token for token in tokens[:2]], tokens[2] == "1"
-        else:
-            raise UserError(
-                f"{path} line {line}: {text[:80]!r}; write 'name i j', 'name i name j' or 'path path label'"
-            )
-        images += [read_image(file, size) for file in files]
-        same.append(label)
-    if not same:
-        raise UserError(f"{path}: no pairs; write one a line: 'name i j', 'name i name j' or 'path path label'")
-    return np.stack(images), np.array(same)
+    _read_bytes(path)
+    try:
+        pairs = read_pair_files(path, image_dir)
+    except UserError as error:
+        raise UserError(f"{path} {error}") from error
+    images = [read_image(file, size) for *files, _ in pairs for file in files]
+    return np.stack(images), np.array([same for _, _, same in pairs])
 
 
 def read_image(path: Path, size: int | None = None) -> np.ndarray:
@@ -194,11 +247,6 @@ def read_image(path: Path, size: int | None = None) -> np.ndarray:
     return image if size is None else fit_image(image, (size, size), "stretch")
 
 
-def _lfw_file(folder: Path, name: str, number: str) -> Path:
-    stem = folder / name / f"{name}_{int(number):04d}"
-    return next((file for suffix in _SUFFIXES if (file := stem.with_suffix(suffix)).exists()), stem.with_suffix(".jpg"))
-
-
 def _read_bytes(path: Path) -> bytes:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; the evaluation needs it")
@@ -208,8 +256,20 @@ def _read_bytes(path: Path) -> bytes:
     return text
 
 
-def _lines(path: Path) -> list[list[str]]:
-    return [line.split() for line in _read_bytes(path).decode("utf-8", "replace").rstrip().split("\n")]
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a text file in any of the usual encodings, without empty ones at its end."""
+    lines = decode_text(_read_bytes(path), path).split("\n")
+    while not lines[-1].strip():
+        lines.pop()
+    return lines
+
+
+def _read_ascii(path: Path) -> bytes:
+    """A list of numbers as plain bytes, whatever its encoding; without white space at its end."""
+    text = _read_bytes(path)
+    if not text[:4].isascii() or b"\0" in text[:4]:
+        text = decode_text(text, path).encode()
+    return text.rstrip()
 
 
 def _number(path: Path, line: int, what: str, value: str | None) -> float:
@@ -223,16 +283,31 @@ def _number(path: Path, line: int, what: str, value: str | None) -> float:
 
 
 def _read_images(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
-    rows = _lines(path)
+    rows = [line.strip().rsplit(None, 2) for line in _read_lines(path)]  # names may hold blanks
     for line, row in enumerate(rows, 1):
-        if len(row) != 3 or not row[1].lstrip("-").isdigit() or not row[2].lstrip("-").isdigit():
+        if len(row) != 3 or not row[1].lstrip("-").isdecimal() or not row[2].lstrip("-").isdecimal():
             raise UserError(f"{path} line {line}: {' '.join(row)[:80]!r}; 'name template media' is needed (truncated?)")
-    ids_N2 = np.array([row[1:] for row in rows], dtype=np.int64)
+    try:
+        ids_N2 = np.array([row[1:] for row in rows], dtype=np.int64)
+    except (OverflowError, ValueError):
+        wrong = (_id(path, line, value) for line, row in enumerate(rows, 1) for value in row[1:])
+        ids_N2 = np.array(list(wrong)).reshape(-1, 2)
     return [row[0] for row in rows], ids_N2[:, 0], ids_N2[:, 1]
 
 
+def _id(path: Path, line: int, value: str) -> int:
+    """A template or media number."""
+    try:
+        number = int(value)
+    except ValueError:
+        raise UserError(f"{path} line {line}: {value[:40]!r}; a whole number is needed") from None
+    if abs(number) >= 2**63 - 1:
+        raise UserError(f"{path} line {line}: {value[:40]}; ids end at {2**63 - 2}, number the templates and media")
+    return number
+
+
 def _read_landmarks(path: Path, names: list[str], images_path: Path) -> tuple[np.ndarray, np.ndarray]:
-    rows = _lines(path)
+    rows = [line.strip().rsplit(None, 11) for line in _read_lines(path)]
     if len(rows) != len(names):
         raise UserError(f"{path}: {len(rows)} lines, {images_path.name} has {len(names)}; both list the same images")
     value_N11 = np.empty((len(rows), 11))
@@ -257,11 +332,11 @@ def _read_landmarks(path: Path, names: list[str], images_path: Path) -> tuple[np
 
 def _read_subjects(path: Path, template_N: np.ndarray, images_path: Path) -> SubjectList:
     templates, subjects = [], []
-    for line, text in enumerate(_read_bytes(path).decode("utf-8", "replace").rstrip().split("\n")[1:], 2):
+    for line, text in enumerate(_read_lines(path)[1:], 2):
         fields = [part.strip() for part in text.split(",")]
-        if len(fields) < 2 or not fields[0].isdigit() or not fields[1]:
+        if len(fields) < 2 or not fields[0].isdecimal() or not fields[1]:
             raise UserError(f"{path} line {line}: {text[:80]!r}; 'template,subject' is needed (truncated?)")
-        templates.append(int(fields[0]))
+        templates.append(_id(path, line, fields[0]))
         subjects.append(fields[1])
     listed = _unique_subjects(path, templates, subjects)
     _check_templates(path, (listed.template_T,), template_N, images_path)
@@ -308,7 +383,7 @@ def _first_bad_pair(path: Path, text: bytes) -> str:
 
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, row) of a CSV file whose header has the columns; fields are stripped."""
-    reader = csv.DictReader(_read_bytes(path).decode("utf-8-sig", "replace").splitlines())
+    reader = csv.DictReader(_read_lines(path))
     header = [name.strip() for name in reader.fieldnames or []]
     missing = [name for name in columns if name not in header]
     if missing:

@@ -37,6 +37,21 @@ def test_missing_and_damaged_sets_end_the_run_at_its_start(tmp_path):
         Verification(tmp_path, ("a", "b"), batch_size=8, input_size=32)
     with pytest.raises(UserError, match=r"bad\.bin"):
         Verification(tmp_path, ("bad",), batch_size=8, input_size=32)
+    save_bin(tmp_path / "one.bin", [jpeg(32, 0), jpeg(32, 1)], [True])
+    with pytest.raises(UserError, match=r"one\.bin: 1 pair in it; folds need at least two"):
+        Verification(tmp_path, ("one",), batch_size=8, input_size=32)
+
+
+def test_names_with_suffix_and_sets_of_one_name(tmp_path):
+    """``lfw`` of two folders are two sets; what a set lacks is known before the run starts."""
+    images = [jpeg(32, seed) for seed in range(4)]
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        save_bin(tmp_path / folder / "lfw.v1.bin", images, [True, True])
+    names = (str(tmp_path / "a" / "lfw.v1.bin"), str(tmp_path / "b" / "lfw.v1.bin"), " lfw.v1 ")
+    verification = Verification(tmp_path / "a", names, batch_size=8, input_size=32)
+    assert list(verification.sets) == ["lfw.v1", str(tmp_path / "b" / "lfw.v1.bin")]
+    assert any("all 2 pairs are genuine" in line for line in verification.warnings)
 
 
 def test_training_loads_no_plotting_library():

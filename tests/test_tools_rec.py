@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dataset import FaceRecordDataset
-from eval.bins import load_bin, read_bin
+from eval.bins import load_bin, read_bin, save_bin
 from mxnet_reader import recordio
 from tests.mxnet_peer import ask_mxnet, needs_mxnet
 from tools import bin as bin_tool
@@ -261,3 +261,24 @@ def test_bad_pairs(tmp_path, line, capsys):
     error = capsys.readouterr().err
     assert "p.txt: line 2" in error and error.count("\n") == 1
     assert not (tmp_path / "a.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["show", "a.bin", "x.png", "--num-pairs", 0], "--num-pairs 0: a whole number from 1 on"),
+        (["show", "a.bin", "x.png", "--columns", -2], "--columns -2"),
+        (["show", "a.bin", "x.docx"], "x.docx: OpenCV cannot write this kind of picture"),
+        (["make", ".", "b.bin", "--image-size", -5], "--image-size -5"),
+        (["make", ".", "b.bin", "--quality", 101], "--quality 101: a whole number from 0 to 100"),
+        (["make", ".", "b.bin", "--seed", -1], "--seed -1"),
+    ],
+)
+def test_sizes_and_suffixes_that_make_no_sense(tmp_path, monkeypatch, capsys, arguments, told):
+    save_bin(tmp_path / "a.bin", [jpeg(0), jpeg(1)], [True])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(bin_tool, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and told in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]

@@ -15,8 +15,9 @@ from PIL import Image
 from eval import verification
 from eval.bins import save_bin
 from eval.metrics import verification_metrics
+from eval.options import default_result_dir
 from eval.pairs import load_sets, verify
-from eval.protocols import read_pair_list
+from eval.protocols import read_pair_files, read_pair_list
 from eval.verification import main
 from tests.eval_data import ProjectionEmbedder, faces, pairs_of
 from tests.ranks import run_ranks
@@ -228,6 +229,54 @@ def test_bad_pair_lists(tmp_path, text, message):
     (tmp_path / "pairs.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         read_pair_list(tmp_path / "pairs.txt", tmp_path / "lfw", 112)
+
+
+PAIRS = "J.K._Row 1 2\n王 小明\t1\tJ.K._Row\t2\n王 小明\t1\t3\na b/c d.x.jpg\tJ.K._Row/J.K._Row_0001.jpg\t-1\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gbk"])
+def test_dots_blanks_and_encodings_in_pair_lists(tmp_path, encoding):
+    """``J.K._Row_0001.jpg`` is not a suffix of ``J.K``, which lies there too; tabs keep names with blanks whole."""
+    names = ["J.K._Row/J.K._Row_0001.jpg", "J.K._Row/J.K._Row_0002.PNG", "王 小明/王 小明_0001.webp",
+             "王 小明/王 小明_0003.jpeg", "a b/c d.x.jpg", "J.K._Row/J.K.jpg"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "pairs.v1.txt").write_bytes(PAIRS.encode(encoding))
+    files = [tmp_path / name for name in names]
+    assert read_pair_files(tmp_path / "pairs.v1.txt", tmp_path) == [
+        (files[0], files[1], True),
+        (files[2], files[1], False),
+        (files[2], files[3], True),
+        (files[4], files[0], False),
+    ]
+
+
+def test_names_of_sets_as_people_type_them(tmp_path, embedder, capsys):
+    for name in ("lfw", "cfp.fp"):
+        write_set(tmp_path / "sets", name)
+    out = tmp_path / "out"
+    main(["--model", "m", "--data-dir", str(tmp_path / "sets"), "--target", "lfw.bin, cfp.fp ,lfw", "--result-dir",
+          str(out)])  # fmt: skip
+    assert list(json.loads((out / "verification.json").read_text())["sets"]) == ["lfw", "cfp.fp"]
+    assert (out / "cfp.fp_errors.png").is_file()
+
+
+def test_results_of_runs_with_dots_lie_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("r50_lr0.1", "r50_lr0.2.pdparams", "r50_lr0.2.onnx", "backbone.pdparams")
+    found = [default_result_dir(name, "verification").name for name in names]
+    assert found == ["r50_lr0.1", "r50_lr0.2", "r50_lr0.2", "backbone"]
+    (tmp_path / "r50_lr0.1").mkdir()
+    assert default_result_dir("r50_lr0.1", "ijb/IJBC") == Path("r50_lr0.1/ijb/IJBC")
+
+
+def test_one_pair_is_refused_before_anything_is_embedded(tmp_path, embedder, capsys):
+    write_set(tmp_path, "lfw", num_pairs=1)
+    with pytest.raises(SystemExit):
+        main(["--model", "m", "--data-dir", str(tmp_path)])
+    assert "lfw.bin: 1 pair in it" in capsys.readouterr().err
+    assert embedder.calls == 0
 
 
 class TinyNet(paddle.nn.Layer):

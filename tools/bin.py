@@ -10,6 +10,7 @@ Images of another size are an error unless --resize says how to change them. Out
 """
 
 import argparse
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +23,14 @@ import numpy as np
 
 from dataset import FolderDataset
 from eval.bins import load_bin, read_bin, save_bin
+from eval.protocols import read_pair_files
 from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError, one_line_errors
+from utils.files import written_whole
 from utils.progress import progress
 
-SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".bmp")
+RANGES = {"num_pairs": (1, math.inf), "columns": (1, math.inf), "image_size": (1, 4096), "quality": (0, 100),
+          "seed": (0, math.inf)}  # fmt: skip
 GREEN, RED, FRAME = (40, 160, 40), (200, 40, 40), 3
 
 
@@ -35,7 +39,7 @@ def run_make(args: argparse.Namespace) -> None:
     root, output = Path(args.root), Path(args.output)
     if output.exists():
         raise UserError(f"{output} exists; remove it or choose another output")
-    pairs = read_pairs(Path(args.pairs), root) if args.pairs else random_pairs(root, args.num_pairs, args.seed)
+    pairs = _listed(Path(args.pairs), root) if args.pairs else random_pairs(root, args.num_pairs, args.seed)
     size = (args.image_size, args.image_size)
     encoded: list[bytes] = []
     for left, right, _ in progress(pairs, len(pairs), "reading pairs"):
@@ -45,39 +49,11 @@ def run_make(args: argparse.Namespace) -> None:
     print(f"{output}: {len(pairs)} pairs, {sum(same)} of one person")
 
 
-def read_pairs(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
-    """LFW's ``pairs.txt`` (counts, then ``name 1 2`` or ``name 1 other 2`` lines), or ``a.jpg b.jpg 1`` lines."""
-    pairs = []
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    first = next((number for number, fields in enumerate(lines) if fields), len(lines))
-    if first < len(lines) and len(lines[first]) <= 2 and all(field.isdecimal() for field in lines[first]):
-        lines[first] = []
-    for number, fields in enumerate(lines, 1):
-        if not fields:
-            continue
-        if len(fields) == 3 and fields[1].isdecimal() and fields[2].isdecimal():
-            names = [(fields[0], fields[1]), (fields[0], fields[2])]
-            pair = (*(_find(root, f"{name}/{name}_{int(which):04d}", path, number) for name, which in names), True)
-        elif len(fields) == 4 and fields[1].isdecimal() and fields[3].isdecimal():
-            names = [(fields[0], fields[1]), (fields[2], fields[3])]
-            pair = (*(_find(root, f"{name}/{name}_{int(which):04d}", path, number) for name, which in names), False)
-        elif len(fields) == 3 and fields[2] in ("0", "1"):
-            pair = (*(_find(root, name, path, number) for name in fields[:2]), fields[2] == "1")
-        else:
-            wanted = "'name 1 2', 'name 1 other 2' or 'a.jpg b.jpg 1'"
-            raise UserError(f"{path}: line {number}: {' '.join(fields)[:80]!r}, {wanted} was expected")
-        pairs.append(pair)
-    if not pairs:
-        raise UserError(f"{path}: no pairs in it")
-    return pairs
-
-
-def _find(root: Path, name: str, path: Path, number: int) -> Path:
-    for suffix in SUFFIXES:
-        found = root / f"{name}{suffix}"
-        if found.is_file():
-            return found
-    raise UserError(f"{path}: line {number}: no image {root / name} (nor with {', '.join(SUFFIXES[1:])})")
+def _listed(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
+    try:
+        return read_pair_files(path, root)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def random_pairs(root: Path, count: int, seed: int) -> list[tuple[Path, Path, bool]]:
@@ -128,6 +104,10 @@ def _prepare(path: Path, size: tuple[int, int], resize: str, quality: int) -> by
 
 def run_show(args: argparse.Namespace) -> None:
     """A contact sheet: pairs side by side, framed green where they are one person, red where not."""
+    output = Path(args.output)
+    suffix = output.suffix or ".png"
+    if not cv2.haveImageWriter(f"x{suffix}"):
+        raise UserError(f"{output}: OpenCV cannot write this kind of picture; use .png or .jpg")
     images, same_P = load_bin(args.bin)
     chosen = np.arange(len(same_P))
     if len(chosen) > args.num_pairs:
@@ -141,13 +121,11 @@ def run_show(args: argparse.Namespace) -> None:
         sheet[top : top + height, left : left + width] = GREEN if same_P[pair] else RED
         both = np.concatenate([images[2 * pair], images[2 * pair + 1]], axis=1)
         sheet[top + FRAME : top + height - FRAME, left + FRAME : left + width - FRAME] = both
-    output = Path(args.output)
-    done, encoded = cv2.imencode(output.suffix or ".png", sheet[:, :, ::-1])
+    done, encoded = cv2.imencode(suffix, sheet[:, :, ::-1])
     if not done:
-        raise UserError(f"{output}: OpenCV cannot write this kind of picture; use .png or .jpg")
-    partial = output.with_name(output.name + ".partial")
-    partial.write_bytes(encoded.tobytes())
-    partial.replace(output)
+        raise UserError(f"{output}: OpenCV cannot write {sheet.shape[1]}x{sheet.shape[0]} pixels as {suffix}")
+    with written_whole(output) as aside:
+        aside.write_bytes(encoded.tobytes())
     print(f"{output}: {len(chosen)} of {len(same_P)} pairs, {int(same_P[chosen].sum())} of one person")
 
 
@@ -207,6 +185,11 @@ def build_parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name, low)  # a command has some of them
+        if not low <= value <= high:
+            told = f"from {low} on" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: a whole number {told} is needed")
     args.run(args)
 
 
