@@ -111,7 +111,7 @@ def build(config: Config) -> Run:
     for note in filter(None, (moved, batch_note, init_note, summarize(parts, len(source), resume))):
         log.info(note)
     for warning in verification.warnings if verification else ():
-        log.warning(f"verify.sets: {warning}")
+        log.warning(f"verify.sets: {warning}", first_rank=True)
     return parts
 
 
