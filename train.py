@@ -108,10 +108,9 @@ def build(config: Config) -> Run:
             restore(parts, resume)
         if rank == 0:
             write_text(Path(run.output) / "config.yaml", dump_config(config))
-    for note in filter(None, (moved, batch_note, init_note, summarize(parts, len(source), resume))):
+    doubts = verification.warnings if verification else ()
+    for note in filter(None, (moved, batch_note, init_note, *doubts, summarize(parts, len(source), resume))):
         log.info(note)
-    for warning in verification.warnings if verification else ():
-        log.warning(f"verify.sets: {warning}", first_rank=True)
     return parts
 
 

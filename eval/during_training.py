@@ -59,7 +59,7 @@ class Verification:
         for name, path in paths.items():  # a set that cannot be judged ends the run now, not at the first verification
             images, same_P = self.sets[name]
             check_set(str(path), same_P)
-            warnings += [f"{name}: {remark}" for remark in set_remarks(images, same_P)]
+            warnings += [f"verify.sets: {name}: {remark}" for remark in set_remarks(images, same_P)]
         self.warnings = tuple(warnings)
 
     def __call__(self, backbone) -> dict[str, dict[str, float]]:
