@@ -179,7 +179,7 @@ def align_all(photos: list[Photo], job: Job, options: dict, workers: int) -> tup
     todo = [photo for photo in photos if photo.source not in kept]
     old = crops_of(known) - crops_of(kept)
     remove_crops(job.work / "crops" if old_options.get("pack") else job.work.parent, old)
-    if len(kept) != len(known) or old_options != options:
+    if todo or len(kept) != len(known) or old_options != options:  # also drops a last line that was cut
         write_text(journal, "".join(json.dumps(line) + "\n" for line in [options, *kept.values()]))
     threads_of_opencv = cv2.getNumThreads()
     cv2.setNumThreads(1)  # photos are what runs side by side

@@ -1,6 +1,7 @@
 """Which photos are to be aligned, whose they are, and under which names their crops are written."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -70,16 +71,14 @@ def _read_list(path: Path) -> list[tuple[Path, str, str]]:
         if not line:
             continue
         name, identity = line, None
-        if not (path.parent / line).is_file() and not is_image_name(line):
-            for mark in ("\t", ",", None):
-                parts = [part.strip() for part in line.rsplit(mark, 1)]
-                if len(parts) == 2 and all(parts):
-                    name, identity = parts
-                    break
-        file = path.parent / name
-        identity = file.resolve().parent.name or "photos" if identity is None else identity
+        if not (path.parent / line).is_file():
+            ends = (match.span() for match in re.finditer(r"\s*[\t,]\s*|\s+", line))
+            whole = next(((line[:start], line[end:]) for start, end in ends if is_image_name(line[:start])), None)
+            name, identity = whole or (line, None)
         if not is_image_name(name):
             raise UserError(f"{path}:{number}: {line[:80]!r}: 'path identity' was expected, or the path of an image")
+        file = path.parent / name
+        identity = file.resolve().parent.name or "photos" if identity is None else identity
         if "/" in identity or "\\" in identity or identity == ".." or is_hidden(identity):
             raise UserError(f"{path}:{number}: the identity {identity!r} cannot be the name of a folder")
         if entries.setdefault(name, (file, name, identity))[2] != identity:
