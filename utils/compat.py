@@ -1,5 +1,7 @@
 """Differences between Paddle 2.6 and 3.x, and the fused kernels that both have without a public name."""
 
+import functools
+
 import numpy as np
 import paddle
 
@@ -22,7 +24,17 @@ def squared_norm(tensor: paddle.Tensor) -> paddle.Tensor:
     return paddle._C_ops.squared_l2_norm(tensor)
 
 
-def momentum_step(
+def momentum_step(weight, gradient, velocity, lr_1, *, momentum: float, decay: float, nesterov: bool = False) -> None:
+    """``v = momentum v + g + decay w;  w -= lr v`` in one kernel, in place; ``lr_1`` is a tensor [1] of their dtype.
+
+    Nesterov's: ``w -= lr (g + decay w + momentum v)``. The kernel's own factor on the gradient stays 1: on CPU it is
+    passed over.
+    """
+    rule = "l2_decay" if decay else ""
+    paddle._C_ops.momentum_(weight, gradient, velocity, lr_1, None, momentum, nesterov, rule, decay, False, 1.0)
+
+
+def momentum_steps(
     weights: list,
     gradients: list,
     velocities: list,
@@ -32,15 +44,30 @@ def momentum_step(
     decays: list[float],
     nesterov: bool = False,
 ) -> None:
-    """``v = momentum v + g + decay w;  w -= lr v`` of many tensors of one dtype in one kernel, in place.
+    """``momentum_step`` of many tensors of one dtype: in one kernel where the device has it."""
+    if has_merged_momentum(paddle.get_device()):
+        rules = ["l2_decay" if decay else "" for decay in decays]
+        paddle._C_ops.merged_momentum_(
+            weights, gradients, velocities, [lr_1], None, momentum, nesterov, rules, decays, False, 1.0
+        )
+        return
+    for weight, gradient, velocity, decay in zip(weights, gradients, velocities, decays, strict=True):
+        momentum_step(weight, gradient, velocity, lr_1, momentum=momentum, decay=decay, nesterov=nesterov)
 
-    Nesterov's: ``w -= lr (g + decay w + momentum v)``. ``lr_1`` is a tensor [1] of their dtype. The kernel's own factor
-    on the gradient stays 1: on CPU it is passed over.
-    """
-    rules = ["l2_decay" if decay else "" for decay in decays]
-    paddle._C_ops.merged_momentum_(
-        weights, gradients, velocities, [lr_1], None, momentum, nesterov, rules, decays, False, 1.0
-    )
+
+@functools.cache
+def has_merged_momentum(device: str) -> bool:
+    """Whether the kernel works on this device: a plug-in may lack it, and the CPU's does not stand in. Tried once."""
+    if device.startswith(("cpu", "gpu")):
+        return True
+    weight, velocity = paddle.ones([1]), paddle.ones([1])
+    try:
+        paddle._C_ops.merged_momentum_(
+            [weight], [weight.clone()], [velocity], [paddle.full([1], 0.5)], None, 0.5, False, [""], [0.0], False, 1.0
+        )
+    except (ValueError, RuntimeError):
+        return False
+    return weight.item() == 0.25 and velocity.item() == 1.5
 
 
 def adamw_step(

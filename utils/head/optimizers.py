@@ -110,7 +110,7 @@ class RowSGD:
 
     def fused_step(self, w_SD, v_SD, g_SD, lr_1) -> None:
         """``step`` for Paddle tensors of float32, projected gradient, in place and in one pass; ``lr_1``: [1]."""
-        momentum_step([w_SD], [g_SD], [v_SD], lr_1, momentum=self.momentum, decays=[self.weight_decay])
+        momentum_step(w_SD, g_SD, v_SD, lr_1, momentum=self.momentum, decay=self.weight_decay)
 
     def step(self, w_SD, slots: tuple, g_SD, along_S1, lr: float, count_S=None):
         """One update of up-to-date rows with the gradient ``g - along * w``; returns (w, v).

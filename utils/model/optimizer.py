@@ -11,7 +11,7 @@ import math
 import numpy as np
 import paddle
 
-from utils.compat import adamw_step, momentum_step, scale_all, squared_norm
+from utils.compat import adamw_step, momentum_steps, scale_all, squared_norm
 from utils.errors import UserError
 
 SLOTS = {
@@ -165,7 +165,7 @@ class BackboneOptimizer:
         weights = [parameter for parameter, _ in named.values()]
         velocities = [self._slots[name]["velocity"] for name in named]
         lr_1 = paddle.full([1], lr, weights[0].dtype)
-        momentum_step(
+        momentum_steps(
             weights, gradients, velocities, lr_1, momentum=self._momentum, decays=decays, nesterov=self._nesterov
         )
 

@@ -107,13 +107,18 @@ class Call {
 
   const DenseTensor* input(const DenseTensor* tensor) {
     if (!tensor) return nullptr;
-    lent_.push_back(std::make_unique<DenseTensor>(lend(*tensor)));
-    return lent_.back().get();
+    lent_.push_back({tensor, std::make_shared<DenseTensor>(lend(*tensor))});
+    return lent_.back().copy.get();
   }
 
   DenseTensor* output(DenseTensor* tensor) {
     if (!tensor) return nullptr;
     check(*tensor);
+    for (Lent& each : lent_)
+      if (each.tensor == tensor && !is_half(*tensor)) {  // in place: some kernels ask whether it is one and the same
+        results_.push_back({tensor, each.copy, false});
+        return each.copy.get();
+      }
     bool half = is_half(*tensor) && !(entry_.first_output_half && !results_.empty());
     if (entry_.first_output_half && !results_.empty() && is_half(*tensor) && !tensor->initialized())
       meta(*tensor).dtype = DataType::FLOAT32;
@@ -121,7 +126,7 @@ class Call {
     bool has_content = tensor->initialized() && (!half || needed <= tensor->Holder()->size());
     DenseTensor copy = has_content ? lend(*tensor) : DenseTensor(*tensor);
     if (!has_content) holder(copy).reset();
-    results_.push_back({tensor, std::make_unique<DenseTensor>(copy), half});
+    results_.push_back({tensor, std::make_shared<DenseTensor>(copy), half});
     return results_.back().copy.get();
   }
 
@@ -130,9 +135,13 @@ class Call {
   }
 
  private:
+  struct Lent {
+    const DenseTensor* tensor;
+    std::shared_ptr<DenseTensor> copy;
+  };
   struct Result {
     DenseTensor* target;
-    std::unique_ptr<DenseTensor> copy;
+    std::shared_ptr<DenseTensor> copy;
     bool half;
   };
   struct Wide {
@@ -213,7 +222,7 @@ class Call {
 
   Entry& entry_;
   const phi::CustomContext& device_;
-  std::vector<std::unique_ptr<DenseTensor>> lent_;
+  std::vector<Lent> lent_;
   std::vector<Result> results_;
   std::vector<std::pair<Holder, Holder>> views_;
   std::vector<Wide> wides_;
