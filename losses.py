@@ -289,8 +289,9 @@ class AdaFace(Margin):
         # A batch that is not finite is skipped later on; it must not stay in the running averages.
         finite = paddle.isfinite(mean)
         self._mean = paddle.where(finite, self._mean + self.t_alpha * (mean - self._mean), self._mean)
-        if norm.shape[0] > 1:
-            self._std = paddle.where(finite, self._std + self.t_alpha * (safe.std() - self._std), self._std)
+        if (num_samples := norm.shape[0]) > 1:
+            std = paddle.sqrt(paddle.square(safe - mean).sum() / (num_samples - 1))  # Tensor.std asks the host
+            self._std = paddle.where(finite, self._std + self.t_alpha * (std - self._std), self._std)
 
     def state(self):
         return {"mean": float(self._mean), "std": float(self._std)}
