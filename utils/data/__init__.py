@@ -1,1 +1,1 @@
-"""Bytes to batches: decode, augment, read samples, and the loader with its threads or processes."""
+"""Bytes to batches: decode, augment, read samples, the source contract, and the loader with its threads."""

@@ -2,8 +2,8 @@
 
 The order is one global permutation an epoch, drawn from (seed, epoch). The global batch g holds its samples
 [g*W*B, (g+1)*W*B), of which rank r takes the r-th B. What becomes of a sample (flip, augmentation) is drawn from
-(seed, epoch, sample). So data depend on neither the number of threads nor the mode, and an epoch resumes at any sample,
-at any world size, without reading what was consumed.
+(seed, epoch, sample). So data do not depend on the number of threads, and an epoch resumes at any sample, at any world
+size, without reading what was consumed.
 
 On an accelerator the batch travels as uint8 NHWC and is flipped and normalised there. Where the device is the host, the
 threads do it while the image is in their cache.
@@ -12,18 +12,18 @@ B local batch, W ranks, N samples, H and W (as an axis) image size.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
 
 from utils.data.augment import build_augment, sample_rng
+from utils.data.source import Source, as_source
 from utils.data.threads import ThreadPipeline
 from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
 
 RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop", "window": "window"}
-MODES = ("thread", "process")
 
 # Rows of a batch zeroed at a time before they are decoded into: a stream of zeros brings them into the cache faster
 # than the decoder's scattered writes would (3 % of its time).
@@ -38,10 +38,10 @@ def normalise_image(image: np.ndarray, out: np.ndarray, planes: np.ndarray) -> N
 
 
 class SampleReader:
-    """Turns (source, sample number) into pixels in a batch; the same code in threads and processes.
+    """Turns (source, sample number) into pixels in a batch.
 
     Args:
-        source: see ``dataset.py``; anything with ``len`` and ``[i]`` serves.
+        source: where the samples come from.
         size: (height, width).
         resize: None (another size is an error), ``stretch``, ``crop`` or ``window``.
         augment: name -> parameters, see ``utils/data/augment.py``.
@@ -49,10 +49,9 @@ class SampleReader:
         seed: base of all draws.
     """
 
-    def __init__(self, source: object, size: tuple[int, int], resize: str | None, augment: dict, seed: int) -> None:
+    def __init__(self, source: Source, size: tuple[int, int], resize: str | None, augment: dict, seed: int) -> None:
         self.source, self.size, self.resize, self.seed = source, size, resize, seed
         self.augment = build_augment(augment) if augment else None
-        self._fetch: Callable = getattr(source, "fetch", None) or source.__getitem__
 
     def read(self, samples: np.ndarray, mirror: np.ndarray, epoch: int, images: np.ndarray, labels: np.ndarray) -> None:
         """Fill ``images`` and ``labels`` [n] int64 with the given samples.
@@ -66,7 +65,7 @@ class SampleReader:
         scratch = np.empty((*self.size, 3), np.uint8) if as_float else None
         planes = np.empty((3, *self.size), np.uint8) if as_float else None
         # All are fetched before the first is decoded: threads that do both in turns hold each other up (the GIL).
-        fetched = self._fetch_all(samples)
+        fetched = self.source.fetch_many(samples)
         labels[:] = [label for _, label in fetched]
         wanted = zip(samples.tolist(), mirror.tolist(), fetched, strict=True)
         for row, (sample, flipped, (data, _)) in enumerate(wanted):
@@ -83,10 +82,6 @@ class SampleReader:
             elif image is not pixels:
                 pixels[...] = image
 
-    def _fetch_all(self, samples: np.ndarray) -> list[tuple]:
-        many = getattr(self.source, "fetch_many", None)
-        return many(samples) if many else [self._fetch(i) for i in samples.tolist()]
-
     def _decode(self, data: bytes | np.ndarray, sample: int, epoch: int, out: np.ndarray) -> None:
         """Pixels of a sample into ``out`` [H, W, 3]."""
         image = data
@@ -94,13 +89,15 @@ class SampleReader:
             try:
                 image = decode_image(data, out)
             except DecodeError as error:
-                raise self._damaged(sample, str(error)) from error
+                raise self.source.damaged(sample, str(error)) from error
             if image is out:
                 return
         if image.shape[:2] != self.size:
             if self.resize is None:
                 found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
-                raise self._damaged(sample, f"image of {found}, {wanted} expected; ask for resize or pack it anew")
+                raise self.source.damaged(
+                    sample, f"image of {found}, {wanted} expected; set data.resize (stretch, crop) or pack it anew"
+                )
             if self.resize == "window":
                 image = self._window(image, sample, epoch)
             else:
@@ -112,13 +109,10 @@ class SampleReader:
         spare = np.subtract(image.shape[:2], self.size)
         if spare.min() < 0:
             found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
-            raise self._damaged(sample, f"image of {found} is smaller than the window of {wanted}; use resize 'crop'")
+            reason = f"image of {found} is smaller than the window of {wanted}; set data.resize=crop"
+            raise self.source.damaged(sample, reason)
         top, left = np.random.default_rng((self.seed, epoch, sample, 0x31D0)).integers(0, spare + 1)
         return image[top : top + self.size[0], left : left + self.size[1]]
-
-    def _damaged(self, sample: int, reason: str) -> Exception:
-        damaged = getattr(self.source, "damaged", None)
-        return damaged(sample, reason) if damaged else UserError(f"sample {sample}: {reason}")
 
 
 class TrainLoader:
@@ -142,11 +136,13 @@ class TrainLoader:
         self.last_keys = np.empty(0, np.int64)
         self._pipelines: weakref.WeakSet = weakref.WeakSet()
         global_batch = batch_size * self.world_size
-        whole = len(self.source) // global_batch
-        self._num_batches = whole if options["drop_last"] else -(-len(self.source) // global_batch)
+        whole = self.num_samples // global_batch
+        self._num_batches = whole if options["drop_last"] else -(-self.num_samples // global_batch)
         if self._num_batches == 0:
-            reason = f"{len(self.source)} samples do not fill one batch of {batch_size} on {self.world_size} rank(s)"
-            raise UserError(f"{reason}; lower the batch size or set drop_last=False")
+            reason = f"{self.num_samples} samples do not fill one batch of {batch_size} on {self.world_size} rank(s)"
+            most = self.num_samples // self.world_size
+            advice = f"set run.batch_size={most} or lower" if most else "train on fewer ranks"
+            raise UserError(f"{reason}; {advice}")
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank (the same on every rank)."""
@@ -154,8 +150,8 @@ class TrainLoader:
 
     @property
     def num_samples(self) -> int:
-        """N, samples of the source."""
-        return len(self.source)
+        """Samples of an epoch, over all ranks."""
+        return self.source.num_draws
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; a position loaded for this very epoch stays."""
@@ -165,7 +161,7 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the consumer stands: epoch, and samples of its global permutation given out (over all ranks)."""
-        return {"epoch": self.epoch, "position": self._position, "seed": self.seed, "num_samples": len(self.source)}
+        return {"epoch": self.epoch, "position": self._position, "seed": self.seed, "num_samples": self.num_samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where ``state_dict`` was taken, at any world size and batch size.
@@ -173,17 +169,15 @@ class TrainLoader:
         Raises:
             UserError: the state is of another data set or seed.
         """
-        for name, mine in (("seed", self.seed), ("num_samples", len(self.source))):
+        for name, mine in (("seed", self.seed), ("num_samples", self.num_samples)):
             if state.get(name, mine) != mine:
                 raise UserError(f"loader state: {name} was {state[name]}, here it is {mine}; the order would differ")
         self.epoch = int(state["epoch"])
         self._position = self._pending = int(state["position"])
 
     def order(self, epoch: int) -> np.ndarray:
-        """The global permutation of an epoch, [N] (int32 below 2**31 samples)."""
-        num_samples = len(self.source)
-        kind = np.int32 if num_samples < 2**31 else np.int64
-        order = np.arange(num_samples, dtype=kind)
+        """The global permutation of an epoch: the source's draws, shuffled."""
+        order = self.source.draws(self.seed, epoch)
         np.random.default_rng((self.seed, epoch, 0x5EED)).shuffle(order)
         return order
 
@@ -207,13 +201,13 @@ class TrainLoader:
     def __iter__(self) -> Iterator[tuple]:
         epoch, start = self.epoch, self._pending
         self._pending, self._position = 0, start
-        pipeline = self._options["pipeline"](self._reader, self.batch_size, epoch, self._options)
+        pipeline = ThreadPipeline(self._reader, self.batch_size, epoch, self._options)
         self._pipelines.add(pipeline)
-        keys = self.source.keys if hasattr(self.source, "keys") else None
+        keys = self.source.keys
         try:
             for samples, position, images, labels, mirror in pipeline.run(self._batches(epoch, start)):
                 self._position = position
-                self.last_keys = samples if keys is None else keys[samples]
+                self.last_keys = keys[samples % len(keys)]
                 yield self._hand_over(images, labels, mirror)
                 images = labels = None
             if self.epoch == epoch:
@@ -225,7 +219,7 @@ class TrainLoader:
         """A batch in host memory -> tensors on the device, flipped and normalised there unless the threads did it."""
         import paddle
 
-        from utils.compat import share_numpy  # not at the top: worker processes do without paddle
+        from utils.compat import share_numpy
         from utils.system import upload
 
         label = paddle.to_tensor(labels, place=paddle.CPUPlace())
@@ -255,14 +249,13 @@ class TrainLoader:
 
 
 def build_train_loader(
-    source: object,
+    source: Source | Sequence,
     batch_size: int,
     *,
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
     num_threads: int = 2,
-    mode: str = "thread",
     augment: dict[str, dict] | None = None,
     flip: bool = True,
     image_size: int | tuple[int, int] = 112,
@@ -275,12 +268,11 @@ def build_train_loader(
     """The loader of one rank.
 
     Args:
-        source: a class of ``dataset.py``, or anything with ``len`` and ``[i] -> (uint8 RGB HWC, label)``.
+        source: a source, or anything with ``len`` and ``[i] -> (uint8 RGB HWC, label)``.
         batch_size: B of this rank.
         rank, world_size: which part of every global batch is ours.
         seed: base of the order, the flips and the augmentation.
-        num_threads: workers that decode (threads or processes).
-        mode: ``thread``; ``process`` where Python code keeps the main thread busy (POSIX, needs ``/dev/shm``).
+        num_threads: threads that decode.
         augment: name -> parameters, see ``utils/data/augment.py``; nothing by default.
         flip: mirror each image with probability one half.
         image_size: side, or (height, width).
@@ -300,8 +292,6 @@ def build_train_loader(
             raise UserError(f"{name}: {value!r}, a whole number from 1 on was expected")
     if not 0 <= rank < world_size:
         raise UserError(f"rank: {rank!r} is outside 0..{world_size - 1}")
-    if mode not in MODES:
-        raise UserError(f"mode: {mode!r} is not one of {', '.join(MODES)}")
     if resize not in RESIZE_MODES:
         raise UserError(f"resize: {resize!r} is not one of False, True, 'stretch', 'crop', 'window'")
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -311,10 +301,6 @@ def build_train_loader(
         import paddle
 
         flip_on_host = paddle.get_device() == "cpu"
-    if mode == "process":
-        from utils.data.processes import ProcessPipeline as Pipeline
-    else:
-        Pipeline = ThreadPipeline
     options = {
         "rank": rank,
         "world_size": world_size,
@@ -324,6 +310,6 @@ def build_train_loader(
         "drop_last": drop_last,
         "prefetch": prefetch,
         "normalize": normalize,
-        "pipeline": Pipeline,
     }
-    return TrainLoader(SampleReader(source, size, RESIZE_MODES[resize], augment or {}, seed), batch_size, options)
+    reader = SampleReader(as_source(source), size, RESIZE_MODES[resize], augment or {}, seed)
+    return TrainLoader(reader, batch_size, options)

@@ -1,0 +1,107 @@
+"""Are the labels class numbers 0, 1, ... without gaps? And numbering them anew where they are not.
+
+N samples, C classes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.source import DerivedSource, Source
+from utils.errors import UserError
+from utils.files import write_json
+
+EXACT = 1 << 16  # of so many samples all labels are read; of more, where that costs a read each, a part
+SAMPLE = 1 << 12
+
+
+def check_labels(source: Source, place: object, asked: int | None = None, remedy: str = "data.relabel=true") -> None:
+    """Refuse labels that would train classes without images, or none of the classes there are.
+
+    All labels are looked at where the source knows them or has few samples, else those of ``SAMPLE`` samples spread
+    over the set, of which only what is certain is refused.
+
+    Args:
+        source: the data.
+        place: its name in messages.
+        asked: the number of classes that the user asked for; classes without images are then meant.
+        remedy: the setting or flag that renumbers.
+
+    Raises:
+        UserError: labels below 0 or not below the number of classes, gaps, one class alone.
+    """
+    if source.numbered or len(source) == 0:
+        return
+    exact = source.labels is not None or len(source) <= EXACT
+    samples = None if exact else np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(np.int64))
+    labels = source.read_labels(samples)
+    distinct, counts = np.unique(labels, return_counts=True)
+    lowest, highest, num_distinct = int(distinct[0]), int(distinct[-1]), len(distinct)
+    num_classes = asked or source.num_classes or highest + 1
+    if lowest < 0:
+        raise UserError(f"{place}: label {lowest} is no class number (0, 1, 2, ...); leave such images out")
+    found = f"label {lowest} alone" if num_distinct == 1 else f"labels from {lowest} to {highest}"
+    if not exact:
+        found = f"{found} in a sample of {len(samples)}"
+    numbers = "their labels" if not exact else f"the {num_distinct} labels 0..{num_distinct - 1}"
+    renumber = (
+        f"set {remedy} to number {numbers}" if remedy.startswith("data.") else f"give {remedy} to number {numbers}"
+    )
+    if highest >= num_classes:
+        i = int(np.argmax(labels)) if exact else int(samples[np.argmax(labels)])
+        wrong = f"label {highest} of record {source.keys[i]} is not in [0, {num_classes})"
+        start = "; labels start at 0" if lowest == 1 else ""
+        raise UserError(f"{place}: {wrong} ({found}{start}): {renumber}, or correct the number of classes")
+    if asked is not None:
+        return
+    if exact and num_distinct == 1 and num_classes == 1:
+        raise UserError(f"{place}: all {len(source)} images have one label; at least two identities are needed")
+    unseen = (
+        np.count_nonzero(counts == 1) / counts.sum()
+    )  # Good and Turing's estimate: share of images of other classes
+    if (num_distinct < num_classes) if exact else (unseen < 0.01 and 2 * num_distinct < num_classes):
+        gap = "labels start at 0" if lowest == 1 and num_distinct == highest else f"that is {num_classes} classes"
+        several = f"{found} ({num_distinct} different ones)"
+        keep = f"data.num_classes={num_classes} keeps the classes without images"
+        keep = f"; {keep}" if remedy.startswith("data.") and num_classes < 1 << 31 else ""
+        raise UserError(f"{place}: {several}; {gap}, some without images: {renumber}{keep}")
+
+
+class Relabelled(DerivedSource):
+    """Another source's samples, its labels numbered 0..C-1 in ascending order.
+
+    Attributes:
+        identities: [C], what a class is called in the data: its old label, or the name that belonged to that.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self.numbered = True
+        old = source.read_labels()
+        distinct, labels = np.unique(old, return_inverse=True)
+        if len(distinct) and distinct[0] < 0:
+            i = int(np.argmin(old))
+            raise UserError(f"{source.describe(i)}: label {old[i]} is no class number; leave such images out")
+        self.labels = labels.astype(np.int32 if len(distinct) < 2**31 else np.int64)
+        self.num_classes = len(distinct)
+        names = source.identities
+        self.identities = [int(label) if names is None else names[int(label)] for label in distinct]
+
+    def fetch(self, i: int) -> tuple[bytes | memoryview | np.ndarray, int]:
+        return self.source.fetch(i)[0], int(self.labels[i])
+
+    def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview | np.ndarray, int]]:
+        pairs = zip(self.source.fetch_many(samples), self.labels[samples].tolist(), strict=True)
+        return [(data, label) for (data, _), label in pairs]
+
+    def read_labels(self, samples: np.ndarray | None = None) -> np.ndarray:
+        return self.labels.astype(np.int64) if samples is None else self.labels[samples].astype(np.int64)
+
+
+LABELS_NAME = "labels.json"
+
+
+def save_identities(folder: str | Path, source: Source) -> None:
+    """``labels.json`` in a run's folder: what each class is called in the data; none where the number is the name."""
+    if source.identities is not None:
+        write_json(Path(folder) / LABELS_NAME, {"identities": list(source.identities)})
