@@ -20,7 +20,7 @@ from mxnet_reader.file import RecordFile, Scanned
 from mxnet_reader.insightface import find_layout, parse_image, read_key, read_plain_images, read_plain_labels
 from mxnet_reader.rebuild import open_index
 from utils.data.digits import packaged_digits
-from utils.data.labels import EXACT, Relabelled, check_labels, save_identities
+from utils.data.labels import EXACT, Relabelled, check_labels, count_classes, save_identities
 from utils.data.loader import TrainLoader, build_train_loader
 from utils.data.several import SeveralSources
 from utils.data.shards import BLOCK, ShardFiles, describe_member, open_shards
@@ -45,6 +45,7 @@ __all__ = [
     "build_source",
     "build_train_loader",
     "check_labels",
+    "count_classes",
     "recognise",
     "save_identities",
 ]

@@ -16,7 +16,7 @@ import paddle
 
 from backbones import build_backbone
 from config import Config, dump_config, parse_arguments
-from dataset import build_source, build_train_loader, check_labels, save_identities
+from dataset import build_source, build_train_loader, count_classes, save_identities
 from eval.during_training import Verification
 from losses import build_margin
 from partial_fc import PartialFC
@@ -219,13 +219,7 @@ def open_source(config: Config) -> tuple:
         raise UserError(f"{error}; put the data set there or set data.root=FOLDER ({WHERE_DATA_IS})") from None
     if len(source) == 0:
         raise UserError(f"{place}: no images in it")
-    check_labels(source, place, data.num_classes)
-    asked, found = data.num_classes, source.num_classes
-    if asked is not None and found is not None and asked != found:
-        raise UserError(f"data.num_classes: {asked}, but the data ({place}) has {found} identities; set {found}")
-    if asked is None and found is None:
-        raise UserError(f"data.num_classes: not set, and the data ({place}) does not say; set it")
-    return source, asked or found
+    return source, count_classes(source, place, data.num_classes)
 
 
 @one_line_errors

@@ -67,6 +67,25 @@ def check_labels(source: Source, place: object, asked: int | None = None, remedy
         raise UserError(f"{place}: {several}; {gap}, some without images: {renumber}{keep}")
 
 
+def count_classes(source: Source, place: object, asked: int | None) -> int:
+    """The number of classes, which data and settings must agree on; labels are checked.
+
+    Args:
+        source, place: as in ``check_labels``.
+        asked: ``data.num_classes``.
+
+    Raises:
+        UserError: they do not agree, neither says, or the labels are no class numbers.
+    """
+    check_labels(source, place, asked)
+    found = source.num_classes
+    if asked is not None and found is not None and asked != found:
+        raise UserError(f"data.num_classes: {asked}, but the data ({place}) has {found} identities; set {found}")
+    if asked is None and found is None:
+        raise UserError(f"data.num_classes: not set, and the data ({place}) does not say; set it")
+    return asked or found
+
+
 class Relabelled(DerivedSource):
     """Another source's samples, its labels numbered 0..C-1 in ascending order.
 
