@@ -30,6 +30,11 @@ class Counts:
     allocated_bytes: int
     peak_bytes: int
 
+    @property
+    def calls(self) -> int:
+        """Everything that the device was asked to do: kernels, copies, collectives."""
+        return self.kernel_calls + self.h2d_calls + self.d2h_calls + self.d2d_calls + self.collective_calls
+
     def __sub__(self, earlier: "Counts") -> "Counts":
         return Counts(*(getattr(self, name) - getattr(earlier, name) for name in _FIELDS))
 

@@ -23,6 +23,7 @@ void* alias(const void* device_address);
 void* allocate(size_t size);  // nullptr when the device is full; filled with NaN
 void release(void* device_address, size_t size);
 
+void world_sum(double* values, size_t count);  // over the ranks of the first group that this process joined
 void fill_collectives(C_DeviceInterface* interface);
 void register_kernels();
 void axpby(C_DataType dtype, size_t count, float alpha, const void* x, float beta, void* y);
