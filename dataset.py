@@ -20,7 +20,7 @@ from mxnet_reader.file import RecordFile, Scanned
 from mxnet_reader.insightface import find_layout, parse_image, read_key, read_plain_images, read_plain_labels
 from mxnet_reader.rebuild import open_index
 from utils.data.digits import packaged_digits
-from utils.data.labels import EXACT, Relabelled, check_labels, count_classes, save_identities
+from utils.data.labels import EXACT, Relabelled, check_labels, count_classes, load_identities, save_identities
 from utils.data.loader import TrainLoader, build_train_loader
 from utils.data.several import SeveralSources
 from utils.data.shards import BLOCK, ShardFiles, describe_member, open_shards
@@ -56,6 +56,8 @@ LABELS_AT_ONCE = 1 << 12  # record headers that a thread reads in one go
 class FaceRecordDataset(Source):
     """A RecordIO face set: ``<prefix>.rec``, ``.idx`` (rebuilt if missing) and, optionally, ``property``.
 
+    ``labels.json`` beside them, which ``tools/rec.py`` writes where it renumbers, says what the classes were called.
+
     Args:
         root: folder of the files, or the ``.rec`` file itself.
         prefix: name of the files without suffix.
@@ -77,6 +79,7 @@ class FaceRecordDataset(Source):
         self.num_classes, self.image_size = _read_property(self.rec_path.parent / "property")
         if self.num_classes is None:
             self.num_classes = layout.num_identities
+        self.identities = load_identities(self.rec_path.parent, self.num_classes)
 
     def _place(self, i: int) -> tuple[int, int, int | None]:
         key = int(self.keys[i])

@@ -2,6 +2,7 @@
 
     python tools/rec.py pack   faces/ out/                    one folder an identity -> out/train.rec, .idx, property
     python tools/rec.py pack   train.lst out/ --resize crop   lines 'path label'; images of another size are cut to it
+    python tools/rec.py pack   train.parquet out/             image and label columns, rows in their order
     python tools/rec.py info   data/ms1m                      what is in it
     python tools/rec.py verify data/ms1m                      read everything, report every bad record
     python tools/rec.py unpack data/ms1m faces/               original bytes to faces/000123/00000007.jpg

@@ -2,6 +2,7 @@
 
     python tools/rec.py pack   faces/ out/                    one folder an identity -> out/train.rec, .idx, property
     python tools/rec.py pack   train.lst out/ --resize crop   lines 'path label'; images of another size are cut to it
+    python tools/rec.py pack   train.parquet out/             image and label columns, rows in their order
     python tools/rec.py info   data/ms1m                      what is in it
     python tools/rec.py verify data/ms1m                      read everything, report every bad record
     python tools/rec.py unpack data/ms1m faces/               original bytes to faces/000123/00000007.jpg
@@ -14,55 +15,100 @@ A data set is a folder with train.rec (see --prefix) or a .rec file. Outputs app
 
 import argparse
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from dataset import FaceRecordDataset, FolderDataset, ListDataset
+from dataset import FaceRecordDataset, ListDataset, Source, build_source, check_labels, recognise, save_identities
 from mxnet_reader.recordio import IRHeader, pack, unpack
+from tools.rec.parquet import ParquetDataset, find_parquet
 from tools.rec.verify import verify
 from tools.rec.write import in_order, write_records
+from utils.data.labels import LABELS_NAME, Relabelled
 from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError, one_line_errors
+from utils.files import write_json
 from utils.progress import progress
+from utils.text import read_text_lines
+
+LARGEST_LABEL = 1 << 24  # float32 holds every whole number up to it
 
 
 def run_pack(args: argparse.Namespace) -> None:
-    """Images to records: keys 1..N grouped by class, then the header (key 0) and one record an identity."""
-    source = FolderDataset(args.source) if Path(args.source).is_dir() else ListDataset(args.source, args.root)
+    """Images to records: keys 1..N grouped by class, then the header (key 0) and one record an identity.
+
+    Parquet rows keep their order and get the keys 0..N-1, without header.
+    """
+    source = _open_images(args)
+    if args.relabel and not source.numbered:
+        source = Relabelled(source)
+    check_labels(source, args.source, remedy="--relabel")
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    labels, num_images, num_classes = source.read_labels(), len(source), int(source.num_classes)
+    if num_classes > LARGEST_LABEL:
+        raise UserError(f"{args.source}: {num_classes} classes; a record's float32 label ends at {LARGEST_LABEL}")
     size = (args.image_size, args.image_size) if args.image_size else None
-    order = np.argsort(source.labels, kind="stable")
-    labels = source.labels[order]
-    num_images, num_classes = len(order), source.num_classes
+    sequential = isinstance(_origin(source), ParquetDataset)  # its rows can only be read one after the other
+    order = np.arange(num_images) if sequential else np.argsort(labels, kind="stable")
+    labels = labels[order]
     starts = np.searchsorted(labels, np.arange(num_classes + 1))
 
     def produce(n: int) -> tuple[int, bytes]:
         if n < num_images:
             encoded = _prepare(source, int(order[n]), size, args.resize, args.quality)
-            return n + 1, pack(IRHeader(0, float(labels[n]), n + 1, 0), encoded)
+            key = n if sequential else n + 1
+            return key, pack(IRHeader(0, float(labels[n]), key, 0), encoded)
         if n == num_images:
             return 0, pack(IRHeader(0, [num_images + 1, num_images + 1 + num_classes], 0, 0), b"")
         which = n - num_images - 1
         key = num_images + 1 + which
         return key, pack(IRHeader(0, [starts[which] + 1, starts[which + 1] + 1], key, 0), b"")
 
-    names = [str(source.path(int(i))) for i in order]
-    options = [args.image_size, args.resize, args.quality]
-    identity = [names, labels.tolist(), options]
+    identity = [_fingerprint(source, order), labels.tolist(), [args.image_size, args.resize, args.quality]]
     prefix = Path(args.output) / args.prefix
-    total = num_images + 1 + num_classes
+    total = num_images if sequential else num_images + 1 + num_classes
     write_records(prefix, total, produce, identity, args.workers, num_classes, size or (0, 0))
+    if args.relabel or isinstance(source, ParquetDataset):
+        save_identities(args.output, source)
     print(f"{prefix}.rec: {num_images} images of {num_classes} identities")
 
 
-def _prepare(source: ListDataset, i: int, size: tuple[int, int] | None, resize: str | None, quality: int) -> bytes:
+def _open_images(args: argparse.Namespace) -> Source:
+    path = Path(args.source)
+    parquet = find_parquet(path)
+    if parquet:
+        return ParquetDataset(parquet, args.image_column, args.label_column)
+    kind = recognise(path, args.prefix)
+    if kind == "rec":
+        raise UserError(f"{path}: a record set already; see 'merge' and 'subset'")
+    if kind == "list":
+        return ListDataset(path, args.root)
+    return build_source(kind or "folder", root=args.source)
+
+
+def _origin(source: Source) -> Source:
+    return source.source if isinstance(source, Relabelled) else source
+
+
+def _fingerprint(source: Source, order: np.ndarray) -> list:
+    """What tells one set of images from another, for the second run of an interrupted command."""
+    origin = _origin(source)
+    if isinstance(origin, ListDataset):
+        return [str(origin.path(int(i))) for i in order]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in origin.paths]
+
+
+def _prepare(source: Source, i: int, size: tuple[int, int] | None, resize: str | None, quality: int) -> bytes:
     """The file's own bytes if they are a whole JPEG or PNG of the right size, else a JPEG of that size."""
-    encoded, _ = source.fetch(i)
+    encoded = bytes(source.fetch(i)[0])
     try:
         image = decode_image(encoded)
     except DecodeError as error:
-        raise UserError(f"{source.describe(i)}: {error}") from error
+        raise source.damaged(i, str(error)) from error
     known = encoded[:3] == b"\xff\xd8\xff" or encoded[:4] == b"\x89PNG"
     if known and size in (None, image.shape[:2]):
         return encoded
@@ -114,19 +160,13 @@ def run_info(args: argparse.Namespace) -> None:
         image, label = data[0]
         found["first_image"] = {"key": int(data.keys[0]), "label": label, "size": list(image.shape[:2])}
     if args.labels:
-        counts = np.bincount(read_labels(data, args.workers))
+        counts = np.bincount(data.read_labels())
         found["labels"] = {"classes": int((counts > 0).sum()), "highest": len(counts) - 1}
         found["images_a_class"] = {"least": int(counts[counts > 0].min()), "most": int(counts.max())}
     if args.json:
         print(json.dumps(found))
     else:
         print("\n".join(f"{name:15s} {value}" for name, value in found.items()))
-
-
-def read_labels(data: FaceRecordDataset, workers: int = 2) -> np.ndarray:
-    """Labels of all images, int64 [N]."""
-    labels = in_order(lambda i: data.fetch(i)[1], range(len(data)), workers)
-    return np.fromiter(progress(labels, len(data), "reading labels"), np.int64, len(data))
 
 
 def run_verify(args: argparse.Namespace) -> None:
@@ -143,25 +183,47 @@ def run_shuffle(args: argparse.Namespace) -> None:
     """Image records in a random order under the keys 0..N-1; the header and identity records are dropped."""
     data = FaceRecordDataset(args.source, args.prefix)
     order = np.random.default_rng(args.seed).permutation(len(data))
-    _copy(args, [(data, order, np.zeros(1, np.int64))], data.num_classes, data.image_size, ["shuffle", args.seed])
+    _copy(args, [Part(data, order)], data.num_classes, data.image_size, ["shuffle", args.seed])
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    """Several sets one after the other; labels move behind those before, unless they are shared."""
+    """Several sets one after the other; labels move behind those before, unless they are shared.
+
+    --relabel numbers the labels that occur in each set 0, 1, ... first.
+    """
     *sources, output = args.paths
     if len(sources) < 2:
         raise UserError("merge: at least two data sets and an output were expected")
+    if args.relabel and args.shared_labels:
+        raise UserError("merge: --relabel gives the labels another meaning in each set; drop it or --shared-labels")
     args.output = output
     parts, start = [], 0
     for source in sources:
         data = FaceRecordDataset(source, args.prefix)
-        num_classes = data.num_classes or int(read_labels(data, args.workers).max(initial=-1)) + 1
-        parts.append((data, np.arange(len(data)), np.array([0 if args.shared_labels else start])))
+        first = 0 if args.shared_labels else start
+        if args.relabel:
+            old = np.unique(data.read_labels())
+            numbers = dict(zip(old.tolist(), range(first, first + len(old)), strict=True))
+            num_classes = len(old)
+        else:
+            if not args.shared_labels:
+                check_labels(data, data.rec_path, remedy="--relabel")
+            num_classes = data.num_classes or int(data.read_labels().max(initial=-1)) + 1
+            numbers = first
+        parts.append(Part(data, np.arange(len(data)), numbers))
         start = max(start, num_classes) if args.shared_labels else start + num_classes
-    sizes = {data.image_size for data, _, _ in parts}
+    sizes = {_size_of(part.data): part.data.rec_path for part in parts}
     if len(sizes) > 1:
-        raise UserError(f"merge: the sets have different image sizes {sorted(map(str, sizes))}; pack them alike first")
-    _copy(args, parts, start, sizes.pop(), ["merge", *map(str, sources), args.shared_labels])
+        found = ", ".join(f"{path} {size[0]}x{size[1]}" for size, path in sizes.items())
+        raise UserError(f"merge: the sets have different image sizes ({found}); pack them alike first")
+    _copy(args, parts, start, next(iter(sizes)), ["merge", *map(str, sources), args.shared_labels, args.relabel])
+
+
+def _size_of(data: FaceRecordDataset) -> tuple[int, int]:
+    """Of all images by ``property``; without that file, of the first image."""
+    if data.image_size is not None or len(data) == 0:
+        return data.image_size or (0, 0)
+    return data[0][0].shape[:2]
 
 
 def run_subset(args: argparse.Namespace) -> None:
@@ -169,12 +231,13 @@ def run_subset(args: argparse.Namespace) -> None:
     data = FaceRecordDataset(args.source, args.prefix)
     chosen = np.arange(len(data))
     if args.keys:
-        wanted = np.array([_number(args.keys, text) for text in Path(args.keys).read_text().split()], np.int64)
+        words = [word for line in read_text_lines(args.keys) for word in line.split()]
+        wanted = np.array([_number(args.keys, word) for word in words], np.int64)
         missing = np.setdiff1d(wanted, data.keys)
         if len(missing):
             raise UserError(f"{args.keys}: key {missing[0]} is not an image of {data.rec_path}")
         chosen = np.flatnonzero(np.isin(data.keys, wanted))
-    labels = read_labels(data, args.workers) if args.classes or args.max_per_class or args.relabel else None
+    labels = data.read_labels() if args.classes or args.max_per_class or args.relabel else None
     if args.classes:
         chosen = chosen[np.isin(labels[chosen], _ranges(args.classes))]
     rng = np.random.default_rng(args.seed)
@@ -188,13 +251,17 @@ def run_subset(args: argparse.Namespace) -> None:
         chosen = np.sort(rng.permutation(chosen)[: args.num_images])
     if len(chosen) == 0:
         raise UserError(f"subset: no image of {data.rec_path} is chosen")
-    num_classes, mapping = data.num_classes, np.zeros(1, np.int64)
+    num_classes, numbers = data.num_classes, 0
     if args.relabel:
         classes = np.unique(labels[chosen])
-        mapping = np.zeros(int(classes[-1]) + 1, np.int64)
-        mapping[classes] = np.arange(len(classes)) - classes
+        numbers = dict(zip(classes.tolist(), range(len(classes)), strict=True))
         num_classes = len(classes)
-    _copy(args, [(data, chosen, mapping)], num_classes, data.image_size, ["subset", chosen.tolist(), mapping.tolist()])
+    _copy(args, [Part(data, chosen, numbers)], num_classes, data.image_size, ["subset", chosen.tolist(), str(numbers)])
+    if args.relabel:
+        write_json(Path(args.output) / LABELS_NAME, {"identities": classes.tolist()})
+    elif labels is not None and num_classes is not None and (left := len(np.unique(labels[chosen]))) < num_classes:
+        advice = "train with data.relabel=true, or give --relabel"
+        print(f"labels keep their numbers: {left} of {num_classes} classes have images; {advice}", file=sys.stderr)
 
 
 def _number(path: str, text: str) -> int:
@@ -214,20 +281,27 @@ def _ranges(text: str) -> np.ndarray:
     return np.concatenate(numbers)
 
 
-def _copy(args: argparse.Namespace, parts: list, num_classes: int | None, size: tuple | None, identity: list) -> None:
-    """Write chosen records of several sets under the keys 0..N-1.
+@dataclass(frozen=True)
+class Part:
+    """What is taken from a set: sample numbers, and what to add to every label, or each label's new number."""
 
-    Each part is (data, sample numbers, shift of every label): a shift of length 1 holds for all labels.
-    """
-    ends = np.cumsum([len(order) for _, order, _ in parts])
+    data: FaceRecordDataset
+    order: np.ndarray
+    numbers: int | dict[int, int] = 0
+
+
+def _copy(args: argparse.Namespace, parts: list[Part], num_classes: int | None, size: tuple | None, job: list) -> None:
+    """Write chosen records of several sets under the keys 0..N-1; ``job`` tells one command from another."""
+    if num_classes is not None and num_classes > LARGEST_LABEL:
+        raise UserError(f"{args.output}: {num_classes} classes; a record's float32 label ends at {LARGEST_LABEL}")
+    ends = np.cumsum([len(part.order) for part in parts])
 
     def produce(n: int) -> tuple[int, bytes]:
         which = int(np.searchsorted(ends, n, side="right"))
-        data, order, shift = parts[which]
-        i = int(order[n - (ends[which - 1] if which else 0)])
-        payload = data.record(i)
-        _, label = data.fetch(i)
-        moved = label + int(shift[label] if len(shift) > 1 else shift[0])
+        part = parts[which]
+        i = int(part.order[n - (ends[which - 1] if which else 0)])
+        payload, (_, label) = part.data.record(i), part.data.fetch(i)
+        moved = part.numbers[label] if isinstance(part.numbers, dict) else label + part.numbers
         if moved == label:
             return n, payload
         header, encoded = unpack(payload)
@@ -236,7 +310,7 @@ def _copy(args: argparse.Namespace, parts: list, num_classes: int | None, size: 
         return n, pack(header._replace(label=float(moved)), encoded)
 
     prefix = Path(args.output) / args.prefix
-    described = [*identity, *[(str(data.rec_path), data.rec_path.stat().st_size) for data, _, _ in parts]]
+    described = [*job, *[(str(part.data.rec_path), part.data.rec_path.stat().st_size) for part in parts]]
     write_records(prefix, int(ends[-1]), produce, described, args.workers, num_classes, size)
     print(f"{prefix}.rec: {int(ends[-1])} images")
 
@@ -254,12 +328,18 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("pack", run_pack, "pack faces/ out/ --resize crop")
-    sub.add_argument("source", help="folder of identity folders, or a list of 'path label' lines")
+    what = "folder of identity folders, list of 'path label' lines, .tar shards, or .parquet files (or their folder)"
+    sub.add_argument("source", help=what)
     sub.add_argument("output", help="folder for <prefix>.rec, <prefix>.idx and property")
     sub.add_argument("--root", help="where the paths of a list start (default: the list's folder)")
-    sub.add_argument("--image-size", type=int, default=112, help="side in pixels; 0 keeps every size (default: 112)")
+    sub.add_argument("--image-size", type=_size, default=112, help="side in pixels; 0 keeps every size (default: 112)")
     sub.add_argument("--resize", choices=("no", "stretch", "crop"), default="no", help="what to do with other sizes")
-    sub.add_argument("--quality", type=int, default=95, help="JPEG quality of resized images (default: 95)")
+    sub.add_argument("--quality", type=_quality, default=95, help="JPEG quality of resized images (default: 95)")
+    sub.add_argument(
+        "--relabel", action="store_true", help="number the labels that occur 0, 1, ... (kept: labels.json)"
+    )
+    sub.add_argument("--image-column", help="Parquet: the column of the images")
+    sub.add_argument("--label-column", help="Parquet: the column of the labels, numbers or names")
 
     sub = command("unpack", run_unpack, "unpack data/ms1m faces/")
     sub.add_argument("source")
@@ -272,7 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("verify", run_verify, "verify data/ms1m --workers 8")
     sub.add_argument("source")
-    sub.add_argument("--image-size", type=int, help="side every image must have (default: from property)")
+    sub.add_argument("--image-size", type=_positive, help="side every image must have (default: from property)")
 
     sub = command("shuffle", run_shuffle, "shuffle data/ms1m out/ --seed 1")
     sub.add_argument("source")
@@ -282,6 +362,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("merge", run_merge, "merge data/a data/b out/")
     sub.add_argument("paths", nargs="+", metavar="PATH", help="data sets, then the output folder")
     sub.add_argument("--shared-labels", action="store_true", help="equal labels mean equal people: do not renumber")
+    sub.add_argument("--relabel", action="store_true", help="number the labels that occur in each set 0, 1, ... first")
 
     sub = command("subset", run_subset, "subset data/ms1m out/ --classes 0-999 --max-per-class 20 --relabel")
     sub.add_argument("source")
@@ -298,6 +379,18 @@ def build_parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65500:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a side in pixels (0 keeps every size)")
+    return int(text)
+
+
+def _quality(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JPEG quality from 1 to 100")
     return int(text)
 
 

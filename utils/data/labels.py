@@ -3,6 +3,7 @@
 N samples, C classes.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from utils.data.source import DerivedSource, Source
 from utils.errors import UserError
 from utils.files import write_json
 
+LABELS_NAME = "labels.json"
 EXACT = 1 << 16  # of so many samples all labels are read; of more, where that costs a read each, a part
 SAMPLE = 1 << 12
 
@@ -104,7 +106,8 @@ class Relabelled(DerivedSource):
         self.labels = labels.astype(np.int32 if len(distinct) < 2**31 else np.int64)
         self.num_classes = len(distinct)
         names = source.identities
-        self.identities = [int(label) if names is None else names[int(label)] for label in distinct]
+        named = range(0 if names is None else len(names))
+        self.identities = [names[int(label)] if int(label) in named else int(label) for label in distinct]
 
     def fetch(self, i: int) -> tuple[bytes | memoryview | np.ndarray, int]:
         return self.source.fetch(i)[0], int(self.labels[i])
@@ -117,10 +120,19 @@ class Relabelled(DerivedSource):
         return self.labels.astype(np.int64) if samples is None else self.labels[samples].astype(np.int64)
 
 
-LABELS_NAME = "labels.json"
-
-
 def save_identities(folder: str | Path, source: Source) -> None:
     """``labels.json`` in a run's folder: what each class is called in the data; none where the number is the name."""
     if source.identities is not None:
         write_json(Path(folder) / LABELS_NAME, {"identities": list(source.identities)})
+
+
+def load_identities(folder: str | Path, num_classes: int | None) -> list | None:
+    """What ``save_identities`` stored, or None where there is nothing for so many classes."""
+    path = Path(folder) / LABELS_NAME
+    if not path.is_file():
+        return None
+    try:
+        identities = json.loads(path.read_text(encoding="utf-8"))["identities"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged, a list of 'identities' was expected; remove it") from None
+    return identities if isinstance(identities, list) and len(identities) == num_classes else None

@@ -18,7 +18,6 @@ from utils.photos.detect import Detector, choose_faces
 from utils.photos.landmarks import read_landmark_list
 from utils.photos.photo import read_photo
 
-
 CROP_SIZE = (112, 112)  # of aligned faces everywhere
 
 
