@@ -24,7 +24,9 @@ from backbones import build_backbone, resolve_name
 from backbones.guess import guess_network
 from eval.engines import BUILDERS, ENGINES
 from utils.errors import UserError
-from utils.photos.faces import read_image
+from utils.photos.detect import Detector, build_detector
+from utils.photos.faces import align_largest, read_image
+from utils.photos.photo import read_photo
 from utils.system import threads_of_rank
 from utils.weights.onnx_walk import read_onnx, wants_raw_pixels
 from utils.weights.states import TORCH, is_torch_spelling, load_state, read_state
@@ -195,19 +197,24 @@ def model_options(run: Path) -> dict | None:
 
 
 def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_features: int | None = None,
-          flip: bool = False, engine: str = "auto") -> np.ndarray:  # fmt: skip
-    """Embed one aligned face, or a batch of them; the model is kept for the next call.
+          flip: bool = False, engine: str = "auto", detector: str | Path | None = None) -> np.ndarray:  # fmt: skip
+    """Embed one face, or a batch of them; the model and the detector are kept for the next call.
 
     Args:
-        image: a path, uint8 RGB [H, W, 3] or [N, H, W, 3], of the network's input size.
+        image: a path, uint8 RGB [H, W, 3] or [N, H, W, 3]: aligned and of the network's input size, or with a
+            ``detector`` photos of any size, whose largest face is aligned.
         backbone: name of the network.
         pretrained: weights file or run directory.
         num_features: D, only checked.
         flip: add the embedding of the mirror image.
         engine: as in ``load_embedder``.
+        detector: ``mtcnn`` or a YuNet file (``utils.photos.detect``); None: faces are aligned already.
 
     Returns:
         float32 [1, D] or [N, D], not normalised.
+
+    Raises:
+        UserError: a file that is no image, no face in a photo, weights that cannot be used.
     """
     if not str(pretrained):
         raise UserError("infer: name the weights: pretrained='backbone.pdparams'")
@@ -216,9 +223,22 @@ def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_f
     embedder = _cached_embedder(str(pretrained), backbone, engine, stamp)
     if num_features is not None and num_features != embedder.embedding_size:
         raise UserError(f"infer: num_features={num_features}, but {pretrained} gives {embedder.embedding_size}")
-    images = read_image(image) if isinstance(image, str | os.PathLike) else np.asarray(image)
+    from_file = isinstance(image, str | os.PathLike)
+    if from_file:
+        images = read_image(image) if detector is None else read_photo(image)
+    else:
+        images = np.asarray(image)
     images = images[None] if images.ndim == 3 else images
+    if detector is not None:
+        detect, size = _cached_detector(str(detector)), embedder.input_size
+        names = [str(image)] if from_file else [f"image {index}" for index in range(len(images))]
+        images = np.stack([align_largest(photo, detect, size, name) for photo, name in zip(images, names, strict=True)])
     return embedder(images) + embedder(images, flip=True) if flip else embedder(images)
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_detector(name: str) -> Detector:
+    return build_detector(name)
 
 
 @functools.lru_cache(maxsize=1)

