@@ -198,13 +198,13 @@ def _find_people(rows, rule, typical, sample_S, rng, show_progress, notes):
 
 
 def _trees_rows(rows: Rows, wanted_L: np.ndarray, seed: int):
-    """(identity, unit rows of its tree) of wanted identities; sampled ones are gathered by themselves."""
+    """(identity, unit rows of its tree) of wanted identities; those of a sample are gathered by themselves."""
     done = -1
     for identity, _, unit_nD in rows.identity_blocks():
         if not wanted_L[identity] or identity == done:
             continue
         done = identity
-        if rows.count_L[identity] > _LARGEST_TREE:
+        if not len(unit_nD) == rows.count_L[identity] <= _LARGEST_TREE:
             unit_nD = rows.unit(_tree_images(rows, identity, seed))
         yield identity, unit_nD
 

@@ -3,6 +3,7 @@
 Legend: N images, D embedding size.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import numpy as np
 
 from dataset import Source
 from eval.embed import Embedder
-from eval.stream import digest, embed_to_file
+from eval.stream import digest, embed_to_file, partial_files
 from tools.sources import NetworkImages, pixel_digest
 from utils import distributed
 from utils.errors import UserError
+from utils.files import written_whole
 from utils.system import threads_of_rank
 
 THUMBNAIL = 16  # pixels a side
@@ -56,6 +58,14 @@ def source_stamp(source: Source, root: str | Path) -> str:
     return digest([*parts, len(source)])
 
 
+def discard_folder(folder: Path, made: list[Path]) -> None:
+    """Remove a folder of ours, and those above it that were ``made`` for it, where they are empty."""
+    shutil.rmtree(folder)
+    for parent in made:
+        if not any(parent.iterdir()):
+            parent.rmdir()
+
+
 def read_source(source: Source, root: str | Path, embedder: Embedder, folder: Path, resize: bool = False) -> Reading:
     """Embed every image into ``folder``; what is there already from the same data set and weights is used again.
 
@@ -64,6 +74,7 @@ def read_source(source: Source, root: str | Path, embedder: Embedder, folder: Pa
     Raises:
         UserError: a damaged image, a negative label, an embedding that is not finite.
     """
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     stamp = source_stamp(source, root)
     folder = folder / digest([stamp, embedder.identity, embedder.embedding_size, resize])
     num_images = len(source)
@@ -75,9 +86,10 @@ def read_source(source: Source, root: str | Path, embedder: Embedder, folder: Pa
             for name, (kind, shape) in files.items():
                 path = folder / f"{name}.npy"
                 if not path.is_file():
-                    array = np.lib.format.open_memmap(path, "w+", kind, (num_images, *shape))
-                    array[...] = -1 if kind is np.int64 else 0
-                    array.flush()
+                    with written_whole(path) as aside:
+                        array = np.lib.format.open_memmap(aside, "w+", kind, (num_images, *shape))
+                        array[...] = -1 if kind is np.int64 else 0
+                        array.flush()
     label_N, pixels_N, thumbnail_NP = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in files)
 
     def get(i: int) -> np.ndarray:
@@ -92,8 +104,13 @@ def read_source(source: Source, root: str | Path, embedder: Embedder, folder: Pa
 
     if not features.is_file():
         images = NetworkImages(get, num_images, embedder.input_size, source.describe, resize, keep)
-        embed_to_file(embedder, images, features, flip="add", key=stamp, num_threads=max(2, threads_of_rank()),
-                      name_of=source.describe)  # fmt: skip
+        try:
+            embed_to_file(embedder, images, features, flip="add", key=stamp, num_threads=max(2, threads_of_rank()),
+                          name_of=source.describe)  # fmt: skip
+        except Exception:
+            if distributed.get_rank() == 0 and not any(path.is_file() for path in partial_files(features)):
+                discard_folder(folder, made)  # nothing to go on with
+            raise
         distributed.barrier()
         if distributed.get_rank() == 0:
             for i in np.flatnonzero(label_N < 0).tolist():  # lost in a crash of the machine after the embedding
