@@ -11,12 +11,16 @@ Every default stands below beside its meaning and unit; ``steps`` are updates (n
 import argparse
 import difflib
 import json
+import os
+import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -34,6 +38,16 @@ class ConfigError(UserError):
     """A configuration that cannot be used; the message is one line."""
 
 
+def _listed(value: Any) -> Any:
+    """``lfw`` or ``lfw,cfp_fp`` where a list is wanted."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ and ~user are home folders
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_listed)]
+
+
 class Section(BaseModel):
     """Frozen; unknown keys are errors; NaN and infinity are no numbers."""
 
@@ -43,7 +57,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """What is run, where, and how long."""
 
-    output: str | None = None  # run directory; work_dirs/<name of the YAML file> if not given
+    output: FilePath | None = None  # run directory; work_dirs/<name of the YAML file> if not given
     seed: NonNegativeInt = 2048
     device: str = "auto"  # auto: an accelerator where there is one, else cpu; or cpu, gpu, xpu, npu, ...
     epochs: PositiveInt = 20
@@ -63,12 +77,15 @@ class DataConfig(Section):
     """Where the images come from."""
 
     kind: Literal["rec", "folder", "list", "celeba", "mnist", "synthetic", "wds"] = "rec"
-    root: str | tuple[str, ...] | None = None  # folder of the data set, pattern of shards; several: one set (any kinds)
+    # folder of the data set, pattern of shards; several: one set (of any kinds)
+    root: FilePath | tuple[FilePath, ...] | None = None
     prefix: str = "train"  # rec: <root>/<prefix>.rec
-    list_file: str | None = None  # list: file of "path label" lines
+    list_file: FilePath | None = None  # list: file of "path label" lines
     num_classes: PositiveInt | None = None  # identities; None: as many as the data says
     relabel: bool = False  # number the labels that occur 0, 1, ... (labels.json in the run says which was which)
-    shared_identities: bool | str = False  # several sets: true: equal names are one person; or a file that says who is
+    shared_identities: bool | FilePath = (
+        False  # several sets: true: equal names are one person; or a file that says who is
+    )
     weights: tuple[PositiveFloat, ...] = ()  # several sets: how often an epoch draws each image of a set; () is once
     num_images: PositiveInt | None = None  # synthetic: images an epoch; others: read from the data
     image_size: PositiveInt | None = None  # synthetic: side of the images made; None: model.input_size
@@ -109,7 +126,7 @@ class ModelConfig(Section):
 class MarginConfig(Section):
     """``losses.build_margin(name, **params)``; a parameter left out takes the margin's own default."""
 
-    name: str = "arcface"
+    name: Annotated[str, AfterValidator(str.lower)] = "arcface"
     s: PositiveFloat | None = None  # scale of the logits
     m: float | None = None
     m1: float | None = None  # cos(m1 * theta + m2) - m3
@@ -176,7 +193,7 @@ class ScheduleConfig(Section):
     warmup_epochs: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 0  # instead of warmup_epochs
     power: PositiveFloat = 1.0  # poly
-    milestones: tuple[PositiveFloat, ...] = ()  # step, multistep: epochs; "step" is the ancestor's (one epoch early)
+    milestones: tuple[PositiveFloat, ...] = ()  # step, multistep: epochs; "step" is arcface-Paddle's (one epoch early)
     gamma: PositiveFloat = 0.1  # step, multistep
     min_lr: NonNegativeFloat = 0.0  # poly, cosine
 
@@ -184,8 +201,8 @@ class ScheduleConfig(Section):
 class VerifyConfig(Section):
     """Pair verification while training."""
 
-    root: str | None = None  # folder of the .bin sets; None: data.root
-    sets: tuple[str, ...] = ()  # names (<root>/<name>.bin) or paths
+    root: FilePath | None = None  # folder of the .bin sets; None: data.root
+    sets: FilePaths = ()  # names (<root>/<name>.bin) or paths
     every_steps: NonNegativeInt = 2000  # 0: only at the end
     at_end: bool = True
     batch_size: PositiveInt = 64
@@ -198,7 +215,7 @@ class CheckpointConfig(Section):
     every_steps: NonNegativeInt = 2000  # 0: only at the end
     keep: PositiveInt = 3  # newest ones kept, the best beside them
     asynchronous: bool = True  # the loop waits only for the copy
-    resume: str = "never"  # never | auto (the latest usable one if there is one) | latest | path of a checkpoint
+    resume: FilePath = "never"  # never | auto (the latest usable one if there is one) | latest | path of a checkpoint
 
 
 class LogConfig(Section):
@@ -209,7 +226,7 @@ class LogConfig(Section):
     visualdl: bool = False
     angles: bool = True  # theta to the own and to the nearest other class, on each logged step
     plane_every_steps: NonNegativeInt = 0  # 2-D embeddings: draw the plane so often; 0: never
-    plane_beside: str | None = None  # run directory whose plane is drawn on the left of ours
+    plane_beside: FilePath | None = None  # run directory whose plane is drawn on the left of ours
     samples: NonNegativeInt = 0  # training images shown in the event file at start
     spike: PositiveFloat = 3.0  # a loss above its running mean by so many standard deviations and half the mean is told
 
@@ -217,10 +234,10 @@ class LogConfig(Section):
 class InitConfig(Section):
     """Weights to start from (fine-tuning); ``--resume`` takes precedence."""
 
-    backbone: str | None = None
-    head: str | None = None
+    backbone: FilePath | None = None
+    head: FilePath | None = None
     optional: bool = False  # start from nothing where a file is not there, instead of ending
-    freeze: tuple[str, ...] = ()  # leading parts of parameter names, e.g. [conv1, bn1, layer1]
+    freeze: Names = ()  # leading parts of parameter names, e.g. [conv1, bn1, layer1]
 
 
 class Config(Section):
@@ -292,6 +309,19 @@ class Config(Section):
         return self
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice in one mapping is an error (the last would win without a word)."""
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and lines.setdefault(key.value, line) != line:
+                first = lines[key.value]
+                raise ConfigError(f"{key.value!r} stands twice, in lines {first} and {line}; keep one of them")
+        return super().construct_mapping(node, deep)
+
+
 _FREE = "data.augment."  # below it the names are those of utils/data/augment.py, checked there
 
 
@@ -302,8 +332,11 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     """
     tree: Any = {}
     if path is not None:
+        path = Path(path).expanduser()
         try:
-            tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            tree = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}; give the path of a YAML configuration") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -312,8 +345,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: {str(tree)[:60]!r} is no mapping of sections such as 'run:' and 'data:'")
     tree = {name: {} if section is None else section for name, section in tree.items()}
+    before = _margin(tree)
     for override in overrides:
         _apply_override(tree, override)
+    _drop_other_margin(tree, before, overrides)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -325,7 +360,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
 
 
 def parse_arguments(argv: list[str] | None, default: Path, description: str) -> Config:
-    """What ``train.py``'s command line asks for (the Paddle ancestor's flags included), of ``default`` if no file."""
+    """What ``train.py``'s command line asks for (arcface-Paddle's flags included), of ``default`` if no file."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml section.key=value", help=f"default: {default.name}")
     parser.add_argument("--config", help="the configuration file, for those used to the flag")
@@ -335,10 +370,12 @@ def parse_arguments(argv: list[str] | None, default: Path, description: str) -> 
     parser.add_argument("--resume", nargs="?", const="latest", help=told)
     arguments = parser.parse_intermixed_args(argv)
     words, resume = arguments.words, arguments.resume
-    if resume and (resume.endswith((".yaml", ".yml")) or "=" in resume):  # argparse took the next word for its value
+    if resume and (
+        resume.endswith((".yaml", ".yml")) or _is_override(resume)
+    ):  # argparse took the next word for its value
         words, resume = [*words, resume], "latest"
-    files = [word for word in words if "=" not in word] + ([arguments.config] if arguments.config else [])
-    overrides = [word for word in words if "=" in word]
+    files = [word for word in words if not _is_override(word)] + ([arguments.config] if arguments.config else [])
+    overrides = [word for word in words if _is_override(word)]
     if len(files) > 1:
         raise ConfigError(f"one configuration file, please; got {', '.join(files)} (overrides are section.key=value)")
     flags = {
@@ -348,6 +385,48 @@ def parse_arguments(argv: list[str] | None, default: Path, description: str) -> 
     }
     overrides += [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     return load_config(files[0] if files else default, overrides)
+
+
+def _is_override(word: str) -> bool:
+    """``section.key=value`` rather than a path with a ``=`` in it."""
+    name = word.partition("=")[0]
+    section = name.partition(".")[0].strip()
+    if "=" not in word or "/" in name or Path(word).expanduser().exists():
+        return False
+    return section in Config.model_fields or not word.endswith((".yaml", ".yml"))
+
+
+# Parameters that mean the same with every margin.
+_COMMON = ("s", "gradient", "interclass_threshold", "focal_gamma", "focal_over")
+_NO_SCALE = ("linear", "sphereface")  # logits of plain softmax, and of the embedding's own norm
+
+
+def _margin(tree: dict) -> dict:
+    """A copy of ``head.margin``, empty where there is none (or none that is a mapping, which is an error later)."""
+    head = tree.get("head")
+    margin = head.get("margin") if isinstance(head, dict) else None
+    return dict(margin) if isinstance(margin, dict) else {}
+
+
+def _drop_other_margin(tree: dict, before: dict, overrides: list[str] | tuple[str, ...]) -> None:
+    """An override that switches the margin leaves the file's parameters of the other one behind, and says so."""
+    margin = _margin(tree)
+    old, new = (str(each.get("name", "arcface")).lower() for each in (before, margin))
+    if old == new:
+        return
+    given = {word.partition("=")[0].strip().rpartition(".")[2] for word in overrides if word.startswith("head.margin.")}
+    kept = [name for name in _COMMON if name != "s" or new not in _NO_SCALE]
+    dropped = {key: before[key] for key in before if key != "name" and key not in given and key not in kept}
+    tree["head"] = {**tree["head"], "margin": {key: value for key, value in margin.items() if key not in dropped}}
+    if dropped and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        told = ", ".join(f"{key}={value}" for key, value in dropped.items())
+        note = f"head.margin: {new} instead of {old}, whose {told} is dropped; head.margin.KEY=VALUE sets {new}'s own"
+        print(note, file=sys.stderr, flush=True)
+
+
+def fresh(config: Config) -> Config:
+    """The configuration as a run keeps it: without the resume, which whoever starts it again must ask for."""
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": "never"})})
 
 
 def dump_config(config: Config) -> str:

@@ -16,6 +16,7 @@ A margin offers, besides ``target``:
 * ``observe``, ``state``, ``load_state``: running statistics (AdaFace, annealed SphereFace).
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -376,6 +377,16 @@ MARGINS = {
 }
 
 
+def margin_parameters(name: str) -> list[str]:
+    """Names of the parameters that ``build_margin(name, ...)`` takes."""
+    made = MARGINS[name]
+    through = (made, Margin) if isinstance(made, type) else (made, CombinedMargin, Margin)
+    parameters = [each for each_made in through for each in inspect.signature(each_made).parameters.values()]
+    found = dict.fromkeys(each.name for each in parameters if each.kind is not each.VAR_KEYWORD)
+    fixed = {LinearLogits: ("s",)}.get(made, () if isinstance(made, type) else ("m1", "m2", "m3"))
+    return [each for each in found if each not in fixed]
+
+
 def build_margin(name: str, **params) -> Margin:
     """Margin by name (a key of ``MARGINS``) with the parameters of its class.
 
@@ -384,6 +395,9 @@ def build_margin(name: str, **params) -> Margin:
     """
     if name not in MARGINS:
         raise UserError(f"margin: {name!r} is not one of {', '.join(sorted(MARGINS))}")
+    known = margin_parameters(name)
+    if odd := sorted(set(params) - set(known)):
+        raise UserError(f"margin {name}: no parameter {odd[0]!r} (head.margin.{odd[0]}); it has {', '.join(known)}")
     try:
         return MARGINS[name](**params)
     except TypeError as error:

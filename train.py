@@ -15,7 +15,7 @@ from pathlib import Path
 import paddle
 
 from backbones import build_backbone
-from config import Config, dump_config, parse_arguments
+from config import Config, dump_config, fresh, parse_arguments
 from dataset import build_source, build_train_loader, count_classes, save_identities
 from eval.during_training import Verification
 from losses import build_margin
@@ -62,7 +62,7 @@ def build(config: Config) -> Run:
         if (wanted := config.verify).sets:
             verification = Verification(wanted.root or data.folder, wanted.sets, wanted.batch_size, model.input_size)
     expected = {"network": model.network, "num_classes": num_classes, "embedding_size": model.embedding_size}
-    resume = find_resume(run.output, config.checkpoint.resume, expected)
+    resume = find_resume(config, expected, len(source))
     batch_size, accumulation, batch_note = fit_batch(resume, run.batch_size, run.accumulation, world_size)
     with distributed.together():
         loader = build_train_loader(
@@ -107,7 +107,7 @@ def build(config: Config) -> Run:
         if resume:
             restore(parts, resume)
         if rank == 0:
-            write_text(Path(run.output) / "config.yaml", dump_config(config))
+            write_text(Path(run.output) / "config.yaml", dump_config(fresh(config)))
             save_identities(run.output, source)
     doubts = (*source.notes, *(verification.warnings if verification else ()))
     for note in filter(None, (moved, batch_note, init_note, *doubts, summarize(parts, len(source), resume))):

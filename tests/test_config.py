@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config import ConfigError, dump_config, load_config, parse_arguments, setting_names
+from config import ConfigError, dump_config, fresh, load_config, parse_arguments, setting_names
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -173,3 +173,90 @@ def test_published_recipes_say_what_to_expect_and_from_where(name):
     text = (ROOT / "configs" / f"{name}.yaml").read_text()
     assert "# Expected:" in text and "# Command:" in text and "# Hardware:" in text
     assert any(source in text for source in ("README", "results.txt", "no figure is published"))
+
+
+def test_one_word_and_commas_where_a_list_is_wanted(tmp_path):
+    for text, wanted in (("lfw", ("lfw",)), ("lfw,cfp_fp", ("lfw", "cfp_fp")), ("[lfw, a.bin]", ("lfw", "a.bin"))):
+        assert load_config(None, [f"verify.sets={text}"]).verify.sets == wanted
+    assert load_config(write(tmp_path, "verify: {sets: lfw}\n")).verify.sets == ("lfw",)
+    assert load_config(None, ["init.freeze=conv1"]).init.freeze == ("conv1",)
+
+
+def test_home_folders_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("run.output", "data.root", "data.list_file", "verify.root", "checkpoint.resume", "log.plane_beside",
+             "init.backbone", "init.head")  # fmt: skip
+    config = load_config(None, [f"{name}='~/x y'" for name in names] + ["verify.sets=['~/a.bin', lfw]"])
+    for name in names:
+        section, key = name.split(".")
+        assert config.model_dump()[section][key] == f"{tmp_path}/x y", name
+    assert config.verify.sets == (f"{tmp_path}/a.bin", "lfw")
+    write(tmp_path, "optim: {lr: 0.3}\n")
+    assert load_config("~/c.yaml").optim.lr == 0.3
+
+
+def test_a_configuration_path_with_an_equals_sign(tmp_path):
+    folder = tmp_path / "lr=0.3"
+    folder.mkdir()
+    path = write(folder, "optim: {lr: 0.3}\n").rename(folder / "optim.lr=0.3.yaml")
+    for argv in ([str(path)], [str(path), "--resume"], ["--resume", str(path)]):
+        assert parse_arguments([*argv, "run.seed=4"], CONFIGS[0], "").optim.lr == 0.3
+    assert parse_arguments(["--resume", str(folder), str(path)], CONFIGS[0], "").checkpoint.resume == str(folder)
+    with pytest.raises(ConfigError, match=r"a=b\.yaml: No such file"):
+        parse_arguments(["a=b.yaml"], CONFIGS[0], "")
+    assert parse_arguments(["data.list_file=b.yaml"], CONFIGS[0], "").data.list_file == "b.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "lines"),
+    [
+        ("optim: {lr: 0.3}\nrun:\n  seed: 1\noptim: {lr: 0.1}\n", "optim", (1, 4)),
+        ("run:\n  seed: 1\n  seed: 2\n", "seed", (2, 3)),
+    ],
+)
+def test_a_key_that_stands_twice(tmp_path, text, name, lines):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    told = str(caught.value)
+    assert told.startswith(f"{path}: {name!r} stands twice, in lines {lines[0]} and {lines[1]}") and "\n" not in told
+
+
+ARC = "head: {margin: {name: arcface, s: 32.0, m: 0.45, easy_margin: true}}\n"
+
+
+@pytest.mark.parametrize(
+    ("loss", "kept"),
+    [("CosFace", {"s": 32.0}), ("MagFace", {"s": 32.0}), ("SphereFace", {}), ("softmax", {"s": 32.0}), ("linear", {})],
+)
+def test_switching_the_margin_drops_the_other_ones_parameters(tmp_path, capsys, loss, kept):
+    from losses import build_margin
+
+    path = str(write(tmp_path, ARC))
+    for argv in ([path, "--loss", loss], [path, f"head.margin.name={loss}"]):
+        margin = parse_arguments(argv, CONFIGS[0], "").head.margin
+        assert margin.name == loss.lower() and margin.kwargs() == kept
+        build_margin(margin.name, **margin.kwargs())
+        told = capsys.readouterr().err
+        assert f"{loss.lower()} instead of arcface" in told and "m=0.45, easy_margin=True" in told
+        assert told.count("\n") == 1
+
+
+def test_a_margin_parameter_given_with_the_switch_is_kept_and_checked(tmp_path, capsys):
+    from losses import build_margin
+    from utils.errors import UserError
+
+    path = str(write(tmp_path, ARC))
+    margin = parse_arguments([path, "--loss", "CosFace", "head.margin.m=0.3"], CONFIGS[0], "").head.margin
+    assert margin.kwargs() == {"s": 32.0, "m": 0.3}
+    margin = parse_arguments([path, "--loss", "MagFace", "head.margin.m=0.3"], CONFIGS[0], "").head.margin
+    with pytest.raises(UserError, match=r"margin magface: no parameter 'm' .*l_m, u_m"):
+        build_margin(margin.name, **margin.kwargs())
+    capsys.readouterr()
+    assert parse_arguments([path, "--loss", "ArcFace"], CONFIGS[0], "").head.margin.m == 0.45
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_run_keeps_does_not_resume_by_itself():
+    config = load_config(None, ["checkpoint.resume=latest"])
+    assert "resume: never" in dump_config(fresh(config)) and config.checkpoint.resume == "latest"

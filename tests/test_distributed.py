@@ -1,8 +1,12 @@
 """Collectives on real gloo ranks against values worked out by hand."""
 
+import os
+
 import pytest
 
 from tests.ranks import run_ranks
+from utils import distributed
+from utils.errors import UserError
 
 SCRIPT = """
 import numpy as np, paddle
@@ -43,3 +47,19 @@ def test_collectives(num_ranks):
     outputs = run_ranks(SCRIPT, num_ranks)
     for rank, output in enumerate(outputs):
         assert f"ok {rank}" in output
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, "PADDLE_TRAINER_ID is not set"),
+        ({"PADDLE_TRAINER_ID": "0", "PADDLE_CURRENT_ENDPOINT": "a:1", "PADDLE_TRAINER_ENDPOINTS": "a:1"}, "names 1"),
+    ],
+)
+def test_a_leftover_of_the_launcher_is_one_line(monkeypatch, variables, told):
+    for name in [name for name in os.environ if name.startswith("PADDLE_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"PADDLE_TRAINERS_NUM": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"PADDLE_TRAINERS_NUM=2 .*{told}.*unset"):
+        distributed.init("cpu")

@@ -120,3 +120,8 @@ def test_the_training_step():
 def test_one_real_operation_tells_a_device_that_works():
     assert doctor.failing_operation("cpu") is None
     assert "status" in doctor.failing_operation("no_such_device:0")
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    finding = doctor.check_disk(tmp_path / "nope", megabytes=1)
+    assert finding.status == "fail" and "no such folder" in finding.value and not (tmp_path / "nope").exists()

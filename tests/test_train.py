@@ -211,6 +211,10 @@ attempt("precision", good, "run.precision=bf16")
 attempt("sets", good, "verify.sets=[lfw]", f"verify.root={folder}")
 attempt("resume", good, "--resume")
 attempt("changed", good, "--resume", f"{folder}/before", "data.num_classes=12")
+before = f"{folder}/before"
+attempt("images", good, "--resume", before, "data.num_images=40")
+attempt("optimiser", good, "--resume", before, "optim.name=adamw")
+attempt("frozen", good, "--resume", before, "init.freeze=conv1")
 attempt("few", good, "run.batch_size=40")
 attempt("fewer", good, "data.num_classes=1")
 attempt("init", good, f"init.backbone={folder}/none.pdparams")
@@ -258,6 +262,9 @@ def test_bad_input_is_one_line_on_every_rank(tmp_path):
         "sets": "lfw.bin missing",
         "resume": "no usable checkpoint",
         "changed": "num_classes is 11 there and 12",
+        "images": "has 56 images there and 40 here",
+        "optimiser": "optim.name is 'sgd' there and 'adamw' in this configuration",
+        "frozen": "init.freeze is [] there and ['conv1'] in this configuration",
         "few": "do not fill one batch of 40",
         "fewer": "num_classes",
         "init": "none.pdparams: no such file",

@@ -206,8 +206,11 @@ def check_shm(path: str = "/dev/shm", needed: int = SHM_BYTES) -> Finding:
 
 
 def check_disk(folder: Path, megabytes: int = 256) -> Finding:
-    """Sequential write and uncached read of a file in ``folder``; free space."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Sequential write and uncached read of a file in ``folder``, which must be there; free space."""
+    if not folder.is_dir():
+        return Finding(
+            "disk", f"{folder}: no such folder", "fail", "give --data the folder that holds the training set"
+        )
     block = os.urandom(MIB)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
         start = time.perf_counter()

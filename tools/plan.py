@@ -15,7 +15,6 @@ has not been checked on a GPU.
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from paddle.base import core
 
 from backbones import build_backbone
 from utils.errors import UserError, one_line_errors
+from utils.system import available_memory
 
 GIB = 2**30
 FLOAT = 4
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     facts = measure_backbone(setup.backbone, setup.embedding_size, setup.device)
     memory, moved = predict_memory(setup, facts), predict_traffic(setup, facts)
-    available = args.memory * GIB if args.memory else free_memory(setup)
+    available = args.memory * GIB if args.memory else available_memory(setup.device, setup.ranks)
     local, sampled = head_rows(setup)
     print(f"{setup.classes:,} classes on {setup.ranks} ranks: {local:,} rows each, {sampled:,} of them in an update")
     for title, part in (("memory of a rank", memory), ("moved by a rank per update", moved)):
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     total = sum(memory.values())
     if args.json:
         args.json.write_text(json.dumps({"memory": memory, "moved": moved, "total": total}, indent=1) + "\n")
-    if total > available:
+    if available is not None and total > available:
         print(
             f"\nwarning: a rank needs {total / GIB:.1f} GiB and has {available / GIB:.1f}; lower --batch or "
             "--sample-rate, use more ranks, or turn recomputation on",
@@ -225,16 +225,6 @@ def peak_bytes() -> int:
 def _status_bytes(field: str) -> int:
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
-
-
-def free_memory(setup: Setup) -> float:
-    """Bytes that one rank may use here."""
-    if setup.device == "gpu" and paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
-        return float(paddle.device.cuda.get_device_properties(0).total_memory)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 / (setup.ranks if setup.device == "cpu" else 1)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 if __name__ == "__main__":

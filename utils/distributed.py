@@ -44,7 +44,7 @@ def init(device: str = "cpu") -> str:
         problem = without_machine_code(gpu_capability(), paddle.__version__, str(paddle.version.cuda()))
         if problem:
             raise UserError(f"run.device: gpu: {problem}")
-    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1 and not dist.is_initialized():
+    if _launched() and not dist.is_initialized():
         if device == "cpu":
             # Without a backend named, a CUDA build of Paddle would pick NCCL for CPU tensors.
             os.environ.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
@@ -53,6 +53,27 @@ def init(device: str = "cpu") -> str:
             global _host_group
             _host_group = dist.new_group(backend="gloo")
     return device
+
+
+def _launched() -> bool:
+    """Whether the launcher started several ranks; its number alone, left over in a shell, would wait for them forever.
+
+    Raises:
+        UserError: the launcher's variables do not belong together.
+    """
+    told = os.environ.get("PADDLE_TRAINERS_NUM", "1")
+    if told in ("", "1"):
+        return False
+    needed = ("PADDLE_TRAINER_ID", "PADDLE_CURRENT_ENDPOINT", "PADDLE_TRAINER_ENDPOINTS")
+    missing = [name for name in needed if not os.environ.get(name)]
+    endpoints = os.environ.get("PADDLE_TRAINER_ENDPOINTS", "").split(",")
+    if missing or not told.isdecimal() or len(endpoints) != int(told):
+        why = f"{missing[0]} is not set" if missing else f"PADDLE_TRAINER_ENDPOINTS names {len(endpoints)}"
+        raise UserError(
+            f"PADDLE_TRAINERS_NUM={told} in the environment, but {why}: left over from another run? unset "
+            "PADDLE_TRAINERS_NUM for one process, or start the ranks with python -m paddle.distributed.launch"
+        )
+    return True
 
 
 def get_rank() -> int:

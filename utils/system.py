@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import sys
+from pathlib import Path
 
 from utils.errors import UserError
 
@@ -26,9 +27,14 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def ranks_here(world_size: int) -> int:
+    """Ranks on this machine; ``world_size`` where the launcher does not say."""
+    return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", world_size)))
+
+
 def threads_of_rank(world_size: int = 1) -> int:
     """This rank's share of the cores, at least one; ``world_size`` counts where the launcher does not say."""
-    return max(1, num_cores() // max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", world_size))))
+    return max(1, num_cores() // ranks_here(world_size))
 
 
 # Compute capabilities that a GPU build has machine code for, by Paddle and CUDA version: read out of the fat binaries
@@ -113,6 +119,29 @@ def upload(array):
     locked = paddle.to_tensor(array, place=paddle.CUDAPinnedPlace())
     _leaving.append(locked)
     return locked.cuda(blocking=False)
+
+
+def available_memory(device: str, ranks: int = 1) -> float | None:
+    """Bytes that one of ``ranks`` processes of this machine may still use: of the GPU all it has, else what Linux has
+    free, no more than the control group (a container) allows; None where the system does not tell."""
+    import paddle
+
+    if device.startswith("gpu") and paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        return float(paddle.device.cuda.get_device_properties().total_memory)
+    if device != "cpu" or not Path("/proc/meminfo").exists():
+        return None
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit, used in _CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such version, or "max"
+            continue
+    return max(0.0, free / max(1, ranks))
+
+
+_CGROUPS = tuple((f"/sys/fs/cgroup/{limit}", f"/sys/fs/cgroup/{used}") for limit, used in (
+    ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")))  # fmt: skip
 
 
 def peak_memory_mb() -> float:

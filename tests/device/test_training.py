@@ -1,4 +1,4 @@
-"""train.py on the test device: precisions, skips, resume on the device and from it to the CPU, two ranks, evaluation."""
+"""train.py on the test device: precisions, skips, resumes on the device and on the CPU, two ranks, evaluation."""
 
 import numpy as np
 import pytest

@@ -114,16 +114,17 @@ def seed_update(seed: int, step: int, rank: int) -> None:
     paddle.seed(int(entropy))
 
 
-def find_resume(run_dir: str, resume: str, expected: dict) -> dict | None:
+def find_resume(config: "Config", expected: dict, num_images: int) -> dict | None:
     """Metadata of the checkpoint to go on from, its ``path`` added; None to start anew. All ranks call it.
 
     Args:
-        resume: ``never``, ``auto``, ``latest`` or a path.
-        expected: what the configuration says of ``network``, ``num_classes``, ``embedding_size``.
+        expected: what configuration and data say of ``network``, ``num_classes``, ``embedding_size``.
+        num_images: of the data set.
 
     Raises:
-        UserError: no usable checkpoint, or one of another network, class count or embedding size.
+        UserError: no usable checkpoint, or one of another model, data set, optimiser, margin or frozen layers.
     """
+    run_dir, resume = config.run.output, config.checkpoint.resume
     if resume == "never":
         return None
     rank = distributed.get_rank()
@@ -142,7 +143,40 @@ def find_resume(run_dir: str, resume: str, expected: dict) -> dict | None:
                 f"{path}: {name} is {meta['run'][name]!r} there and {value!r} in this configuration; --resume "
                 "continues the same model: to start from its weights use init.backbone= (and init.head=) instead"
             )
+    now = config.model_dump(mode="json")
+    then = {**now, **meta.get("config", {})}
+    images, start_anew = (
+        meta["run"]["num_samples"],
+        f"start anew from the weights: init.backbone={path} init.head={path}",
+    )
+    if images != num_images:
+        places = [each["data"].get("list_file") or each["data"].get("root") for each in (then, now)]
+        raise UserError(
+            f"{path}: the data ({places[0]}) has {images} images there and {num_images} here ({places[1]}), so their "
+            f"order would be another; give the same data, or {start_anew}"
+        )
+    before, wanted = _unchangeable(then), _unchangeable(now)
+    for name, value in wanted.items():
+        if before[name] != value:
+            raise UserError(
+                f"{path}: {name} is {before[name]!r} there and {value!r} in this configuration; --resume needs "
+                f"{name}={before[name]} as it was, or {start_anew}"
+            )
     return {**meta, "path": str(path)}
+
+
+def _unchangeable(config: dict) -> dict[str, object]:
+    """What the state in a checkpoint depends on, of a configuration as JSON."""
+    optim, head = config["optim"]["name"], config["head"]
+    rows = head.get("optimizer") or ("adamw" if optim == "adamw" else "sgd")
+    return {
+        "run.seed": config["run"]["seed"],
+        "optim.name": optim,
+        "head.optimizer": rows,
+        "head.update": "sampled" if rows == "adamw" else head.get("update", "dense"),
+        "head.margin.name": head["margin"]["name"].lower(),
+        "init.freeze": sorted(config["init"]["freeze"]),
+    }
 
 
 def fit_batch(resume: dict | None, batch_size: int, accumulation: int, world_size: int) -> tuple[int, int, str | None]:

@@ -4,6 +4,8 @@ import math
 
 import paddle
 
+from utils.system import available_memory, ranks_here
+
 
 def summarize(run, num_images: int, resume: dict | None) -> str:
     """Lines for the log; ``run`` is ``run_state.Run``."""
@@ -14,7 +16,7 @@ def summarize(run, num_images: int, resume: dict | None) -> str:
     num_trained = sum(math.prod(p.shape) for p in weights if not p.stop_gradient)
     slots = {"sgd": 1, "lars": 1, "adamw": 2}
     backbone_mb = 4 * (num_parameters + num_trained * (1 + slots[config.optim.name])) / 2**20
-    head_mb = 4 * head.shard.num_local * head.embedding_size * (1 + slots[config.head.optimizer or "sgd"]) / 2**20
+    head_mb = 4 * head.shard.num_local * head.embedding_size * (1 + slots[config.head_options()["optimizer"]]) / 2**20
     sampled = max(1, round(head.shard.num_local * head.sample_rate))
     images = run.images_per_update
     logits_mb = 4 * sampled * images / run.accumulation / 2**20
@@ -38,6 +40,12 @@ def summarize(run, num_images: int, resume: dict | None) -> str:
         f"length     {schedule.total_steps:,} updates, {schedule.steps_per_epoch:,} an epoch",
         f"output     {config.run.output}",
     ]
+    needed_mb, free = backbone_mb + head_mb + logits_mb, available_memory(paddle.get_device(), ranks_here(world_size))
+    if free is not None and needed_mb > free / 2**20:
+        lines.append(
+            f"warning    a rank needs {needed_mb:,.0f} MB before activations and has {free / 2**20:,.0f} MB; lower "
+            "run.batch_size or head.sample_rate, or use more ranks (python tools/plan.py estimates all of it)"
+        )
     if resume is not None:
         lines.append(f"resume     {resume['path']}: update {resume['step']}, saved by {resume['world_size']} rank(s)")
     return "\n".join(["run:", *lines])
