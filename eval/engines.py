@@ -2,6 +2,7 @@
 
 ``dynamic`` runs the layer as it is; ``static`` compiles it (``paddle.jit.to_static``, oneDNN on CPU) and shares its
 weights; ``predictor`` (``paddle.inference``, oneDNN on CPU) and ``onnx`` (onnxruntime) work on a copy of the weights.
+``eval.openvino_engine`` has one more. All run on Paddle's current device, or refuse it.
 """
 
 import tempfile
@@ -11,11 +12,12 @@ import numpy as np
 import paddle
 from paddle.base import core
 
+from eval.network_input import NetworkInput, embedding_output, embedding_rows, read_onnx_input
 from utils.compat import paddle_version
+from utils.errors import UserError
 from utils.model.modes import evaluating
 from utils.system import keep_freed_memory
 
-ENGINES = ("dynamic", "static", "predictor", "onnx")
 OPSET = 15  # the lowest that covers what the backbones use, so that old runtimes read the files
 
 
@@ -83,26 +85,27 @@ class StaticEngine(DynamicEngine):
 
 
 class PredictorEngine:
-    """Paddle Inference on an exported model (a layer is exported to a temporary folder first)."""
+    """Paddle Inference on an exported model (a layer is exported to a temporary folder first); CPU and GPU."""
 
     name = "predictor"
 
     def __init__(self, model, num_threads: int | None = None):
         import paddle.inference as inference
 
+        device = check_device(self.name, "cpu", "gpu")
         with tempfile.TemporaryDirectory() as folder:
             prefix = model if isinstance(model, str | Path) else save_inference_model(model, Path(folder) / "model")
             program, weights = inference_files(prefix)
             config = inference.Config(str(program), str(weights))
             config.disable_glog_info()
-            if paddle.get_device() == "cpu":
+            if device == "cpu":
                 keep_freed_memory()  # for the whole process: fresh pages for every layer's output cost 7 % of the time
                 config.disable_gpu()
                 config.enable_mkldnn()
                 config.set_mkldnn_cache_capacity(8)  # one entry a batch size: bounded memory
                 config.set_cpu_math_library_num_threads(num_threads or 1)
             else:
-                config.enable_use_gpu(256, int(paddle.get_device().rsplit(":", 1)[-1]))
+                config.enable_use_gpu(256, device_index())
             self._predictor = inference.create_predictor(config)
         self._input = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
         self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
@@ -116,11 +119,10 @@ class PredictorEngine:
 
 
 class OnnxEngine:
-    """onnxruntime on an ``.onnx`` file (a layer is exported to a temporary one first).
+    """onnxruntime on an ``.onnx`` file (a layer is exported to a temporary one first); CPU, or this rank's GPU.
 
     Attributes:
-        input_size: height = width the file asks for (112 where it leaves them open).
-        fixed_batch: the batch size the file insists on, None if any.
+        network_input: what the file asks for; ``run`` converts to it.
         embedding_size: D.
     """
 
@@ -132,35 +134,67 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or 1
         options.log_severity_level = 3
-        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider")
-                     if name in onnxruntime.get_available_providers()]  # fmt: skip
+        providers = ["CPUExecutionProvider"]
+        if check_device(self.name, "cpu", "gpu") == "gpu":
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": device_index()}))
+        is_file = isinstance(model, str | Path)
+        self._path = model if is_file else f"the exported {type(model).__name__}"
         with tempfile.TemporaryDirectory() as folder:
-            path = model if isinstance(model, str | Path) else save_onnx(model, Path(folder) / "model.onnx")
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        (source,) = self._session.get_inputs()
-        self._name = source.name
-        batch, channels, height, width = (size if isinstance(size, int) and size > 0 else None for size in source.shape)
-        if height != width:
-            raise ValueError(f"the input is {source.shape}, not square images")
-        self.fixed_batch, self.in_channels, self.input_size = batch, channels or 3, height or 112
-        probe = np.zeros((batch or 1, self.in_channels, self.input_size, self.input_size), np.float32)
-        self.embedding_size = self.run(probe).shape[1]
+            path = model if is_file else save_onnx(model, Path(folder) / "model.onnx")
+            self.network_input = read_onnx_input(path)
+            try:
+                self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            except Exception as error:  # a provider's or a graph's; onnxruntime has no base class for them
+                raise UserError(f"{self._path}: onnxruntime cannot run it ({' '.join(str(error).split())[:200]})") from None
+        if self._session.get_providers()[0] == "CPUExecutionProvider" and len(providers) > 1:
+            raise UserError(f"{self._path}: onnxruntime cannot use the GPU here; install onnxruntime-gpu or use "
+                            "--device cpu")  # fmt: skip
+        (self._input,) = (source.name for source in self._session.get_inputs())
+        outputs = self._session.get_outputs()
+        shapes = [[size if isinstance(size, int) else None for size in output.shape] for output in outputs]
+        self._output = outputs[embedding_output(self._path, shapes)].name
+        size, batch = self.network_input.size, self.network_input.batch or 1
+        self.embedding_size = self.embed(np.zeros((batch, size, size, 3), np.uint8)).shape[1]
 
     def run(self, image_BCHW: np.ndarray) -> np.ndarray:
-        """[B, 3, H, W] -> [B, D]."""
-        num_images, step = len(image_BCHW), self.fixed_batch
-        if step is None or num_images == step:
-            return self._session.run(None, {self._name: image_BCHW})[0]
+        """[B, C, H, W] -> [B, D]."""
+        return self._run(self.network_input.from_signed(image_BCHW))
+
+    def embed(self, image_BHWC: np.ndarray) -> np.ndarray:
+        """uint8 RGB [B, H, W, 3] -> [B, D]."""
+        return self._run(self.network_input.prepare(image_BHWC))
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        step = self.network_input.batch or max(1, len(images))
         parts = []
-        for start in range(0, num_images, step):
-            part = image_BCHW[start : start + step]
-            padded = np.zeros((step, *part.shape[1:]), part.dtype)
-            padded[: len(part)] = part
-            parts.append(self._session.run(None, {self._name: padded})[0][: len(part)])
-        return np.concatenate(parts)
+        for start in range(0, len(images), step):
+            part = images[start : start + step]
+            filled = part
+            if self.network_input.batch is not None and len(part) < step:
+                filled = np.zeros((step, *part.shape[1:]), part.dtype)
+                filled[: len(part)] = part
+            (output,) = self._session.run([self._output], {self._input: filled})
+            parts.append(embedding_rows(output, len(filled), self._path)[: len(part)])
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-BUILDERS = {"dynamic": DynamicEngine, "static": StaticEngine, "predictor": PredictorEngine, "onnx": OnnxEngine}
+def device_index() -> int:
+    """The number of this process's accelerator (0 on the CPU)."""
+    _, _, index = paddle.get_device().partition(":")
+    return int(index or 0)
+
+
+def check_device(engine: str, *devices: str) -> str:
+    """The kind of Paddle's current device, one of ``devices``.
+
+    Raises:
+        UserError: the engine runs elsewhere only.
+    """
+    kind = paddle.get_device().partition(":")[0]
+    if kind not in devices:
+        raise UserError(f"engine {engine!r} runs on {' and '.join(devices)}, not on {paddle.get_device()}; "
+                        "use --engine static or dynamic, or --device cpu")  # fmt: skip
+    return kind
 
 
 def image_spec(layer) -> paddle.static.InputSpec:

@@ -7,8 +7,10 @@ element-wise operation, measured). glibc can keep the memory instead.
 
 import collections
 import ctypes
+import functools
 import math
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -210,3 +212,17 @@ def keep_freed_memory(huge_bytes: int | None = None) -> bool:
             libc.madvise(start, size, _MADV_HUGEPAGE)
         libc.free(block)
     return True
+
+
+@functools.cache
+def processor() -> tuple[str, frozenset[str]]:
+    """(name of the processor with its maker, its feature flags); flags are empty where the system does not list them."""
+    name, flags = platform.processor() or platform.machine(), frozenset()
+    try:
+        with open("/proc/cpuinfo") as file:
+            first = file.read().split("\n\n")[0]
+    except OSError:  # not Linux
+        return name, flags
+    told = dict(line.split(":", 1) for line in first.replace("\t", "").splitlines() if ":" in line)
+    names = " ".join(told[key].strip() for key in ("vendor_id", "model name") if key in told)
+    return names or name, frozenset((told.get("flags") or told.get("Features") or "").split())

@@ -46,10 +46,10 @@ class Graph:
                 self.nodes.append(node)
                 for value in dict.fromkeys(node.input):
                     self.users.setdefault(value, []).append(node)
-        inputs = [value.name for value in graph.input if value.name not in self.constants]
+        inputs = [value for value in graph.input if value.name not in self.constants]
         if len(inputs) != 1:
             raise UserError(f"{path}: {len(inputs)} inputs, one image input expected")
-        self.input = inputs[0]
+        self.input, self.input_type = inputs[0].name, inputs[0].type.tensor_type
         self.outputs = {value.name for value in graph.output}
 
     def attributes(self, node) -> dict:
@@ -144,12 +144,6 @@ def read_onnx(path: str | Path) -> State:
     if left:
         raise UserError(f"{path}: {len(left)} layers are left over, the first is {left[0].op_type} {left[0].name!r}")
     return state
-
-
-def wants_raw_pixels(path: str | Path) -> bool:
-    """True if the graph subtracts the mean pixel by itself, so that it must be given 0 ... 255."""
-    graph = Graph(path)
-    return _pixel_scaling(graph)[0] != graph.following(graph.input)[0]
 
 
 def _pixel_scaling(graph: Graph) -> tuple[str, float]:
