@@ -13,63 +13,73 @@ Shapes: N images, B one batch, D embedding size, H = W the network's input size 
 import functools
 import hashlib
 import os
-import sys
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
-import cv2
 import numpy as np
 import yaml
 
 from backbones import build_backbone, resolve_name
 from backbones.guess import guess_network
-from eval.engines import BUILDERS, ENGINES
+from eval.choose_engine import BUILDERS, ENGINES, Source, say, start_engine
 from utils.errors import UserError
 from utils.photos.detect import Detector, build_detector
 from utils.photos.faces import align_largest, read_image
 from utils.photos.photo import read_photo
 from utils.system import threads_of_rank
-from utils.weights.onnx_walk import read_onnx, wants_raw_pixels
+from utils.weights.onnx_walk import read_onnx
 from utils.weights.states import TORCH, is_torch_spelling, load_state, read_state
 
+__all__ = ["BUILDERS", "ENGINES", "PRECISIONS", "RUN_FILES", "Embedder", "infer", "load_backbone", "load_embedder"]
+
 RUN_FILES = {"last": "backbone.pdparams", "best": "backbone_best.pdparams"}
-AUTO_ORDER = ("predictor", "onnx", "static", "dynamic")  # fastest on CPU first, as benchmarks/embed.py measures
+AUTO_ORDER = ENGINES  # fastest on Intel's CPUs first, as benchmarks/embed.py measures
+PRECISIONS = ("fp32", "bf16", "auto")
+LEAST_COSINE = 0.9995  # of a bfloat16 embedding to the float32 one, for every image
+CHECKED_IMAGES = 64
 
 
 class Embedder:
     """Callable: uint8 RGB images [N, H, W, 3] -> raw float32 embeddings [N, D].
 
     Attributes:
-        engine: name of the engine that runs (``dynamic``, ``static``, ``predictor``, ``onnx``).
+        engine: name of the engine that runs, one of ``ENGINES``.
+        precision: ``fp32`` or ``bf16``; ``auto`` until enough images have been seen to decide.
         input_size: H = W in pixels.
         embedding_size: D.
         batch_size: largest batch handed to the engine.
-        in_channels: 3, or 1 for ``.onnx`` files of grey images (which get the luma of the RGB given here).
-        raw_pixels: the network scales pixels by itself (old ONNX files) and is given 0 ... 255, not [-1, 1].
     """
 
-    def __init__(self, engine, input_size: int, embedding_size: int, batch_size: int = 64, in_channels: int = 3,
-                 raw_pixels: bool = False, source=None):  # fmt: skip
-        self._engine = engine
+    def __init__(self, engine, source: Source, batch_size: int = 64, precision: str = "fp32"):
+        self._engine, self._source = engine, source
         self.engine = engine.name
-        self.input_size = input_size
-        self.embedding_size = embedding_size
+        self.input_size, self.embedding_size = engine.network_input.size, engine.embedding_size
         self.batch_size = batch_size
-        self.in_channels = in_channels
-        self.raw_pixels = raw_pixels
-        self._source = source
+        self.precision = precision
+        self._worst, self._num_checked = 1.0, 0  # of the check of bfloat16; its figure is said for ``bf16`` too
+        self._checking = precision != "fp32"
+        if self._checking:
+            why = self._no_bfloat16()
+            if why and precision == "bf16":
+                raise UserError(f"--precision bf16: {why}; use --precision fp32")
+            if why:
+                say(f"precision fp32: {why}")
+                self.precision, self._checking = "fp32", False
+            elif precision == "bf16":
+                engine.precision = "bf16"
 
     @property
     def identity(self) -> str:
-        """A digest of the weights: what tells whether embeddings on disk are this model's."""
-        state = hashlib.blake2b(digest_size=12)
-        if isinstance(self._source, str | os.PathLike):
-            with open(self._source, "rb") as file:
-                while block := file.read(1 << 24):
-                    state.update(block)
+        """A digest of the weights and precision: what tells whether embeddings on disk are this model's."""
+        if self._source.path is not None:
+            weights = self._source.key
         else:
-            for name, tensor in self._source.state_dict().items():
+            state = hashlib.blake2b(digest_size=12)
+            for name, tensor in self._source.layer.state_dict().items():
                 state.update(name.encode() + tensor.numpy().tobytes())
-        return state.hexdigest()
+            weights = state.hexdigest()
+        return weights if self.precision == "fp32" else f"{weights}-{self.precision}"
 
     def __call__(self, images_NHWC: np.ndarray, flip: bool = False) -> np.ndarray:
         """Embed ``images_NHWC``, or their mirror images with ``flip``; not normalised, any N from 0.
@@ -77,75 +87,162 @@ class Embedder:
         Raises:
             ValueError: not uint8 [N, input_size, input_size, 3].
         """
+        return self.start(images_NHWC, "mirror" if flip else "plain").result()
+
+    def start(self, images_NHWC: np.ndarray, view: str = "plain"):
+        """Begin to embed; the ``result()`` of what is returned waits for the embeddings.
+
+        OpenVINO works on while the caller reads the next images, which must not be written over these; other engines
+        are done when this returns.
+
+        Args:
+            images_NHWC: uint8 RGB.
+            view: ``plain`` or ``mirror`` for [N, D]; ``both`` for [N, 2, D].
+
+        Raises:
+            ValueError: as in a call.
+        """
         images_NHWC = np.asarray(images_NHWC)
         size = self.input_size
         if images_NHWC.dtype != np.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[1:] != (size, size, 3):
             raise ValueError(
                 f"images: {images_NHWC.dtype} {list(images_NHWC.shape)}; expected uint8 [N, {size}, {size}, 3] RGB"
             )
+        if self._checking and len(images_NHWC):
+            self.settle(images_NHWC)
+        if self.engine == "openvino":
+            return self._engine.start(images_NHWC, view, self.batch_size)
+        views = {"plain": (1,), "mirror": (-1,), "both": (1, -1)}[view]
+        done = Future()
+        embeddings = [self._batches(images_NHWC[:, :, ::step]) for step in views]
+        done.set_result(np.stack(embeddings, axis=1) if view == "both" else embeddings[0])
+        return done
+
+    def _batches(self, images_NHWC: np.ndarray) -> np.ndarray:
         result_ND = np.empty((len(images_NHWC), self.embedding_size), np.float32)
         for start in range(0, len(images_NHWC), self.batch_size):
             batch = images_NHWC[start : start + self.batch_size]
-            result_ND[start : start + len(batch)] = self._engine.run(self._prepare(batch, flip))
+            result_ND[start : start + len(batch)] = self._engine.embed(batch)
         return result_ND
 
-    def _prepare(self, images_BHWC: np.ndarray, flip: bool) -> np.ndarray:
-        if flip:
-            images_BHWC = images_BHWC[:, :, ::-1]
-        if self.in_channels == 1:
-            images_BHWC = np.stack([cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] for image in images_BHWC])
-        image_BCHW = np.ascontiguousarray(images_BHWC.transpose(0, 3, 1, 2), np.float32)
-        if not self.raw_pixels:
-            image_BCHW /= 127.5
-            image_BCHW -= 1.0
-        return image_BCHW
+    @property
+    def undecided(self) -> bool:
+        """Whether ``settle`` still has something to do."""
+        return self._checking
+
+    def settle(self, images_NHWC: np.ndarray, agree: Callable[[bool], bool] = bool) -> None:
+        """Compare bfloat16 with float32 on real faces and, for ``auto``, choose by it; the figure is said.
+
+        Fewer images than ``CHECKED_IMAGES`` decide nothing unless bfloat16 fails on one: float32 goes on until enough
+        have been seen.
+
+        Args:
+            images_NHWC: uint8 RGB faces; the first of them are used.
+            agree: given whether bfloat16 fails here, tells whether it fails on any rank.
+        """
+        some = images_NHWC[: CHECKED_IMAGES - self._num_checked]
+        embeddings = []
+        for precision in ("fp32", "bf16"):
+            self._engine.precision = precision
+            embeddings.append(self._engine.start(some, "both", self.batch_size).result().astype(np.float64))
+        full, reduced = embeddings
+        norms = np.linalg.norm(full, axis=2) * np.linalg.norm(reduced, axis=2)
+        cosine = (full * reduced).sum(2) / np.maximum(norms, np.finfo(np.float64).tiny)
+        self._worst = min(self._worst, float(cosine.min()))
+        self._num_checked += len(some)
+        fails = agree(not self._worst >= LEAST_COSINE)  # also where it is NaN
+        enough = self._num_checked >= CHECKED_IMAGES
+        if self.precision == "auto":
+            if fails or enough:
+                self.precision = "fp32" if fails else "bf16"
+            self._engine.precision = "bf16" if self.precision == "bf16" else "fp32"
+        if fails or enough:
+            self._checking = False
+            say(f"precision {self.precision}: least cosine of bfloat16 to float32 {self._worst:.6f} on "
+                f"{self._num_checked} images and their mirror images, at least {LEAST_COSINE} wanted")  # fmt: skip
+
+    def _no_bfloat16(self) -> str | None:
+        if self.engine != "openvino":
+            return f"engine {self.engine} computes in float32 alone"
+        return None if self._engine.has_bfloat16 else "this processor does not compute in bfloat16"
 
 
-def load_embedder(model, network: str | None = None, engine: str = "auto", batch_size: int = 64, *,
-                  which: str = "last", num_threads: int | None = None) -> Embedder:  # fmt: skip
+def start(embedder, images_NHWC: np.ndarray, view: str):
+    """``embedder.start``, also for any other callable that takes images and ``flip``."""
+    if isinstance(embedder, Embedder):
+        return embedder.start(images_NHWC, view)
+    done = Future()
+    if view == "both":
+        done.set_result(np.stack([embedder(images_NHWC), embedder(images_NHWC, flip=True)], axis=1))
+    else:
+        done.set_result(embedder(images_NHWC, flip=True) if view == "mirror" else embedder(images_NHWC))
+    return done
+
+
+def load_embedder(
+    model,
+    network: str | None = None,
+    engine: str = "auto",
+    batch_size: int = 64,
+    *,
+    which: str = "last",
+    num_threads: int | None = None,
+    precision: str = "fp32",
+) -> Embedder:
     """An ``Embedder`` for a trained model.
 
     Args:
         model: a run directory, a weights file (``.pdparams``, ``.safetensors``, ``.pt``), an ``.onnx`` file or a
             Paddle layer. A layer runs ``dynamic`` unless an engine is named, and keeps its train/eval mode. An
-            ``.onnx`` file runs in onnxruntime; for another engine its weights are taken out of it.
+            ``.onnx`` file runs in OpenVINO or onnxruntime; for another engine its weights are taken out of it.
         network: name of the backbone; None: told by ``config.yaml`` beside the weights, else by their names and shapes.
-        engine: ``auto`` (the fastest that works here; what does not is named on stderr) or one of ``ENGINES``.
+        engine: ``auto`` (the fastest that works here; it is named on stderr, and so is what does not work) or one of
+            ``ENGINES``.
         batch_size: largest batch.
         which: weights of a run directory: ``last`` or ``best``.
         num_threads: CPU threads; None: all this process may use, shared with the other ranks of the machine.
+        precision: ``fp32``; ``bf16`` where the processor computes in it (OpenVINO alone); ``auto``: bf16 if, on the
+            first ``CHECKED_IMAGES`` images, every embedding's cosine to the float32 one is at least ``LEAST_COSINE``.
 
     Raises:
-        UserError: nothing usable at ``model``; weights that do not fit; an engine that cannot run.
+        UserError: nothing usable at ``model``; weights that do not fit; an engine or a precision that cannot run.
     """
     if engine not in ("auto", *ENGINES):
         raise UserError(f"engine {engine!r}: choose auto, {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
-    if isinstance(model, str | os.PathLike) and str(model).endswith(".onnx") and engine in ("auto", "onnx"):
-        running = _first_that_works(("onnx",), _existing(model), num_threads or threads_of_rank())
-        raw_pixels = wants_raw_pixels(model)
-        return Embedder(
-            running, running.input_size, running.embedding_size, batch_size, running.in_channels, raw_pixels, model
-        )
-    is_layer = not isinstance(model, str | os.PathLike)
-    if is_layer:
-        layer, order = model, ("dynamic",) if engine == "auto" else (engine,)
-    else:
+    if isinstance(model, str | os.PathLike):
         num_threads = num_threads or threads_of_rank()
-        layer, order = load_backbone(model, network, which), AUTO_ORDER if engine == "auto" else (engine,)
-    running = _first_that_works(order, layer, num_threads)
-    return Embedder(running, layer.input_size, layer.embedding_size, batch_size, source=layer)
+        path = weights_path(model, which)
+        options = {"network": network, "config": model_options(path.parent)}
+        source = Source(path, lambda: load_backbone(path, network), options)
+    else:
+        source = Source(model)
+    return Embedder(start_engine(source, engine, num_threads, AUTO_ORDER), source, batch_size, precision)
 
 
-def load_backbone(model: str | Path, network: str | None = None, which: str = "last"):
-    """The backbone at ``model`` (run directory or weights file) with its weights, in evaluation mode."""
+def weights_path(model: str | Path, which: str = "last") -> Path:
+    """The weights file that a run directory or a file stands for.
+
+    Raises:
+        UserError: there is none.
+    """
     path = Path(model)
     if path.is_dir():
         if which not in RUN_FILES:
             raise UserError(f"which {which!r}: choose {' or '.join(RUN_FILES)}")
         path = path / RUN_FILES[which]
-    if _existing(path).suffix == ".onnx":
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    return path
+
+
+def load_backbone(model: str | Path, network: str | None = None, which: str = "last"):
+    """The backbone at ``model`` (run directory or weights file) with its weights, in evaluation mode."""
+    path = weights_path(model, which)
+    if path.suffix == ".onnx":
         state, from_torch = read_onnx(path), True
     else:
         state = read_state(path)
@@ -176,12 +273,6 @@ def chosen_options(told: dict | None, network: str | None, source: str | Path) -
     except ValueError as error:
         raise UserError(f"network {network!r}: {error}") from None
     return dict(told) if same else {"network": network}
-
-
-def _existing(path: str | Path) -> Path:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such weights file")
-    return Path(path)
 
 
 def model_options(run: Path) -> dict | None:
@@ -244,16 +335,3 @@ def _cached_detector(name: str) -> Detector:
 @functools.lru_cache(maxsize=1)
 def _cached_embedder(pretrained: str, backbone: str, engine: str, stamp: int) -> Embedder:
     return load_embedder(pretrained, backbone, engine)
-
-
-def _first_that_works(order: tuple[str, ...], layer, num_threads: int | None):
-    for position, name in enumerate(order):
-        try:
-            return BUILDERS[name](layer, num_threads)
-        except Exception as error:
-            # An engine may lack its package or refuse the machine in many ways; the reason is told, then the next.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            if position + 1 == len(order):
-                raise UserError(f"engine {name!r} cannot run here: {reason}") from error
-            print(f"engine {name} cannot run here ({reason}); trying {order[position + 1]}", file=sys.stderr)
-    raise UserError("no engine named")

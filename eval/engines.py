@@ -5,7 +5,11 @@ weights; ``predictor`` (``paddle.inference``, oneDNN on CPU) and ``onnx`` (onnxr
 ``eval.openvino_engine`` has one more. All run on Paddle's current device, or refuse it.
 """
 
+import contextlib
+import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,20 @@ class DynamicEngine:
     def __init__(self, layer, num_threads: int | None = None):
         self.layer = layer
         self.num_threads = num_threads
+
+    @property
+    def network_input(self) -> NetworkInput:
+        """Of the layer."""
+        return NetworkInput(self.layer.input_size)
+
+    @property
+    def embedding_size(self) -> int:
+        """D of the layer."""
+        return self.layer.embedding_size
+
+    def embed(self, image_BHWC: np.ndarray) -> np.ndarray:
+        """uint8 RGB [B, H, W, 3] -> [B, D]."""
+        return self.run(self.network_input.prepare(image_BHWC))
 
     def run(self, image_BCHW: np.ndarray) -> np.ndarray:
         """[B, 3, H, W] -> [B, D]."""
@@ -93,8 +111,11 @@ class PredictorEngine:
         import paddle.inference as inference
 
         device = check_device(self.name, "cpu", "gpu")
+        is_file = isinstance(model, str | Path)
+        self.network_input = NetworkInput() if is_file else NetworkInput(model.input_size)
+        self.embedding_size = None if is_file else model.embedding_size
         with tempfile.TemporaryDirectory() as folder:
-            prefix = model if isinstance(model, str | Path) else save_inference_model(model, Path(folder) / "model")
+            prefix = model if is_file else save_inference_model(model, Path(folder) / "model")
             program, weights = inference_files(prefix)
             config = inference.Config(str(program), str(weights))
             config.disable_glog_info()
@@ -109,6 +130,10 @@ class PredictorEngine:
             self._predictor = inference.create_predictor(config)
         self._input = self._predictor.get_input_handle(self._predictor.get_input_names()[0])
         self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+
+    def embed(self, image_BHWC: np.ndarray) -> np.ndarray:
+        """uint8 RGB [B, H, W, 3] -> [B, D]."""
+        return self.run(self.network_input.prepare(image_BHWC))
 
     def run(self, image_BCHW: np.ndarray) -> np.ndarray:
         """[B, 3, H, W] -> [B, D]."""
@@ -137,15 +162,15 @@ class OnnxEngine:
         providers = ["CPUExecutionProvider"]
         if check_device(self.name, "cpu", "gpu") == "gpu":
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device_index()}))
-        is_file = isinstance(model, str | Path)
-        self._path = model if is_file else f"the exported {type(model).__name__}"
-        with tempfile.TemporaryDirectory() as folder:
-            path = model if is_file else save_onnx(model, Path(folder) / "model.onnx")
+        self._path = model if isinstance(model, str | Path) else type(model).__name__
+        with as_onnx(model) as path:
             self.network_input = read_onnx_input(path)
             try:
                 self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
             except Exception as error:  # a provider's or a graph's; onnxruntime has no base class for them
-                raise UserError(f"{self._path}: onnxruntime cannot run it ({' '.join(str(error).split())[:200]})") from None
+                raise UserError(
+                    f"{self._path}: onnxruntime cannot run it ({' '.join(str(error).split())[:200]})"
+                ) from None
         if self._session.get_providers()[0] == "CPUExecutionProvider" and len(providers) > 1:
             raise UserError(f"{self._path}: onnxruntime cannot use the GPU here; install onnxruntime-gpu or use "
                             "--device cpu")  # fmt: skip
@@ -176,6 +201,16 @@ class OnnxEngine:
             (output,) = self._session.run([self._output], {self._input: filled})
             parts.append(embedding_rows(output, len(filled), self._path)[: len(part)])
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+@contextlib.contextmanager
+def as_onnx(model) -> Iterator[str | Path]:
+    """The path of ``model``, an ``.onnx`` file, or of a temporary one that a layer is exported to."""
+    if isinstance(model, str | Path):
+        yield model
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield save_onnx(model, Path(folder) / "model.onnx")
 
 
 def device_index() -> int:
@@ -224,8 +259,22 @@ def save_onnx(layer, path: str | Path, opset: int = OPSET) -> Path:
     """Write ``layer`` in evaluation mode as ONNX with a free batch size; needs paddle2onnx."""
     import paddle2onnx
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _stdout_to_stderr():
         program, weights = inference_files(save_inference_model(layer, Path(folder) / "model"))
         # optimize_tool: the default folds constants with a tool that installs packages by itself.
         paddle2onnx.export(str(program), str(weights), str(path), opset_version=opset, optimize_tool="None")
     return Path(path)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What libraries print from C++ goes to stderr, so that piped tables stay clean."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.embed import RUN_FILES, Embedder
+from eval.embed import Embedder, weights_path
 from eval.protocols import TemplateProtocol, read_image
 from eval.stream import digest, embed_to_file, partial_files, partial_key
 from utils import distributed
@@ -36,13 +36,10 @@ class Features:
     num_outside: int | None
 
 
-def weights_digest(model: str, which: str = "last") -> str:
-    """SHA-256 of the weights a model name stands for; so that a cache is never used for another network."""
-    path = Path(model)
-    path = path / RUN_FILES[which] if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
-    return file_digest(path)
+def weights_digest(model: str, which: str = "last", precision: str = "fp32") -> str:
+    """What embeddings are made by: SHA-256 of the weights a model name stands for, and another precision than fp32."""
+    digest = file_digest(weights_path(model, which))
+    return digest if precision == "fp32" else f"{digest}-{precision}"
 
 
 def protocol_features(
@@ -217,7 +214,9 @@ def _check_record(path: Path, record: dict, wanted: dict, at_hand: bool) -> None
             "differ); name another --features file"
         )
     if wanted["model"] is not None and record["model"] != wanted["model"]:
-        raise UserError(f"{path}: made by other weights; name another --features file or delete this one")
+        raise UserError(
+            f"{path}: made by other weights or in another precision; name another --features file or delete this one"
+        )
     if at_hand and record.get("files") != wanted["files"]:
         raise UserError(
             f"{path}: sizes or times of the image files are not those it was made from; delete it to embed them again, "

@@ -88,13 +88,15 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.together():
         load_results(args.compare)  # a folder that is none ends the run now, not after the embedding
         protocol = read_ijb(args.image_path, args.target) if args.protocol is None else read_csv_protocol(args.protocol)
-        digest = None if args.model is None else weights_digest(args.model, args.which)
+        digest = None if args.model is None else weights_digest(args.model, args.which, args.precision)
     if distributed.get_rank() == 0:
         print(f"{protocol.name}: {len(protocol.image_N):,} images, {len(np.unique(protocol.template_N)):,} templates, "
               f"{len(protocol.same_P):,} pairs ({int(protocol.same_P.sum()):,} genuine)", flush=True)  # fmt: skip
 
     def load():
-        return load_embedder(args.model, args.network, args.engine, args.batch_size, which=args.which)
+        return load_embedder(
+            args.model, args.network, args.engine, args.batch_size, which=args.which, precision=args.precision
+        )
 
     source = args.model or args.features
     folder = args.result_dir or default_result_dir(source, f"ijb/{protocol.name}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.engines import check_device
+from eval.engines import as_onnx, check_device
 from eval.network_input import NetworkInput, embedding_output, embedding_rows, read_onnx_input
 from utils.errors import UserError
 from utils.system import processor
@@ -35,7 +35,7 @@ class Pending:
 
 
 class OpenvinoEngine:
-    """OpenVINO on an ``.onnx`` file.
+    """OpenVINO on an ``.onnx`` file (a layer is exported to a temporary one first).
 
     Attributes:
         network_input: what the file asks for.
@@ -45,26 +45,28 @@ class OpenvinoEngine:
 
     name = "openvino"
 
-    def __init__(self, path: str | Path, num_threads: int | None = None):
+    def __init__(self, model, num_threads: int | None = None):
         import openvino
 
         check_device(self.name, "cpu")
-        self.network_input = read_onnx_input(path)
         self.precision = "fp32"
-        self._path, self._num_threads = path, num_threads or 1
+        self._path = model if isinstance(model, str | Path) else type(model).__name__
+        self._num_threads = num_threads or 1
         self._core = openvino.Core()
         self._compiled: dict[tuple, _Compiled] = {}
         self._pool = ThreadPoolExecutor(self._num_threads + 1, "openvino")  # one more, so that no stream waits for work
         try:
-            model = self._core.read_model(str(path))
+            with as_onnx(model) as path:
+                self.network_input = read_onnx_input(path)
+                network = self._core.read_model(str(path))
             shapes = [[dim.get_length() if dim.is_static else None for dim in output.partial_shape]
-                      for output in model.outputs]  # fmt: skip
-            self._output = embedding_output(path, shapes)
-            self._model = _of_pixels(model, self.network_input)
-            probe = self._submit(np.zeros((1, *self._image_shape), np.uint8), False)
+                      for output in network.outputs]  # fmt: skip
+            self._output = embedding_output(self._path, shapes)
+            self._model = _of_pixels(network, self.network_input)
+            probe = self._submit(np.zeros((1, *self._image_shape), np.uint8), False, 1)
             self.embedding_size = probe[0].result().shape[-1]
         except RuntimeError as error:
-            raise UserError(f"{path}: OpenVINO cannot run it ({' '.join(str(error).split())[:200]})") from None
+            raise UserError(f"{self._path}: OpenVINO cannot run it ({' '.join(str(error).split())[:200]})") from None
 
     @property
     def has_bfloat16(self) -> bool:
@@ -73,11 +75,12 @@ class OpenvinoEngine:
         told = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return told and (not flags or bool(REAL_BFLOAT16 & flags))
 
-    def start(self, image_BHWC: np.ndarray, view: str = "plain") -> Pending:
+    def start(self, image_BHWC: np.ndarray, view: str = "plain", largest: int = ROWS) -> Pending:
         """Begin to embed uint8 RGB [B, H, W, 3], which must not change until the result is there.
 
         Args:
             view: ``plain`` or ``mirror`` for [B, D], ``both`` for [B, 2, D].
+            largest: images of a piece at most.
         """
         image_BHWC = self.network_input.channels_of(image_BHWC)
         num_images, mirror_BHWC = len(image_BHWC), image_BHWC[:, :, ::-1]
@@ -85,10 +88,10 @@ class OpenvinoEngine:
             shape = (0, 2, self.embedding_size) if view == "both" else (0, self.embedding_size)
             return Pending([], lambda _: np.zeros(shape, np.float32))
         if view != "both":
-            return Pending(self._submit(image_BHWC if view == "plain" else mirror_BHWC, False), np.concatenate)
+            return Pending(self._submit(image_BHWC if view == "plain" else mirror_BHWC, False, largest), np.concatenate)
         if self.network_input.batch is None:
-            return Pending(self._submit(image_BHWC, True), np.concatenate)
-        pieces = self._submit(image_BHWC, False) + self._submit(mirror_BHWC, False)
+            return Pending(self._submit(image_BHWC, True, largest), np.concatenate)
+        pieces = [future for part in (image_BHWC, mirror_BHWC) for future in self._submit(part, False, largest)]
         return Pending(pieces, lambda parts: np.concatenate(parts).reshape(2, num_images, -1).swapaxes(0, 1))
 
     def embed(self, image_BHWC: np.ndarray) -> np.ndarray:
@@ -99,8 +102,8 @@ class OpenvinoEngine:
     def _image_shape(self) -> tuple[int, int, int]:
         return self.network_input.size, self.network_input.size, self.network_input.channels
 
-    def _submit(self, image_BHWC: np.ndarray, both: bool) -> list[Future]:
-        full = self.network_input.batch or ROWS // (1 + both)
+    def _submit(self, image_BHWC: np.ndarray, both: bool, largest: int) -> list[Future]:
+        full = self.network_input.batch or max(1, min(ROWS, largest) // (1 + both))
         step = self.network_input.batch or min(full, -(-len(image_BHWC) // self._num_threads))
         pieces = [image_BHWC[start : start + step] for start in range(0, len(image_BHWC), step)]
         fixed = self.network_input.batch is not None

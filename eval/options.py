@@ -7,6 +7,8 @@ from pathlib import Path
 import paddle
 from prettytable import PrettyTable
 
+from eval.embed import ENGINES
+
 _SUFFIXES = (
     ".pdparams",
     ".safetensors",
@@ -47,10 +49,19 @@ def add_model_options(parser: argparse.ArgumentParser, model_help: str, required
     parser.add_argument("--network", help="backbone name, where the model does not say it")
     parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument(
-        "--engine", default="auto", help="how to run the network: auto, dynamic, static, predictor, onnx"
-    )
+    add_engine_options(parser)
     add_device_option(parser)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """How a network runs."""
+    parser.add_argument("--engine", default="auto", help=f"auto (the fastest that works here), {', '.join(ENGINES)}")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        help="bf16, where the processor computes in it; auto: bf16 if it passes a check on the first images "
+        "(default: %(default)s, whose figures no processor changes)",
+    )
 
 
 def add_report_options(parser: argparse.ArgumentParser, results: str) -> None:

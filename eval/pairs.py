@@ -3,6 +3,7 @@
 Legend: P pairs, N = 2P images (2i and 2i+1 are pair i), D embedding size, W ranks.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import paddle
 
 from eval.bins import load_bin
-from eval.embed import Embedder, load_embedder
+from eval.embed import CHECKED_IMAGES, Embedder, load_embedder, start
 from eval.metrics import VerificationMetrics, accuracy_at, distance_metrics, pair_distances
 from eval.remarks import norm_remarks, score_remarks, set_remarks
 from eval.vectors import row_norms
@@ -131,13 +132,22 @@ def _embed(embedder: Embedder, image_NHWC: np.ndarray, batch_size: int, name: st
     num_images, num_batches = len(image_NHWC), -(-len(image_NHWC) // batch_size)
     rounds = -(-num_batches // world_size)
     local = np.zeros((rounds, batch_size, 2, embedder.embedding_size), np.float32)
+    with distributed.together():
+        if isinstance(embedder, Embedder) and embedder.undecided and num_images:
+            # The first images on every rank: all of them decide alike, without a message.
+            embedder.settle(_resized(image_NHWC[:CHECKED_IMAGES], embedder.input_size))
     with distributed.together(), progress_bar(name, num_images, enabled=show and rank == 0) as advance:
-        for index in range(rank, num_batches, world_size):
-            start = index * batch_size
-            batch = _resized(image_NHWC[start : start + batch_size], embedder.input_size)
-            for mirrored in (0, 1):
-                local[index // world_size, : len(batch), mirrored] = embedder(batch, flip=bool(mirrored))
-            advance(min(len(batch) * world_size, num_images - start))
+        coming: deque = deque()
+        for index in [*range(rank, num_batches, world_size), None]:
+            if index is not None:
+                first = index * batch_size
+                batch = _resized(image_NHWC[first : first + batch_size], embedder.input_size)
+                coming.append((index, start(embedder, batch, "both")))
+            while len(coming) > 1 or (coming and index is None):  # the network works on one while the next is resized
+                done, pending = coming.popleft()
+                embedding_B2D = pending.result()
+                local[done // world_size, : len(embedding_B2D)] = embedding_B2D
+                advance(min(len(embedding_B2D) * world_size, num_images - done * batch_size))
     if world_size > 1:
         gathered = distributed.all_gather_rows(paddle.to_tensor(local)).numpy()
         local = gathered.reshape(world_size, *local.shape).swapaxes(0, 1)

@@ -19,23 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.embed import Embedder
+from eval.embed import CHECKED_IMAGES, Embedder, start
 from utils import distributed
 from utils.errors import UserError
 from utils.files import write_json
 from utils.owner import claim
 from utils.progress import progress_bar
 
-
-def _both(embedder: Embedder, image_NHWC: np.ndarray) -> np.ndarray:
-    return np.stack([embedder(image_NHWC), embedder(image_NHWC, flip=True)], axis=1)
-
-
-FLIPS = {
-    "none": lambda embedder, image_NHWC: embedder(image_NHWC),
-    "add": lambda embedder, image_NHWC: embedder(image_NHWC) + embedder(image_NHWC, flip=True),
-    "both": _both,
-}
+VIEWS = {"none": "plain", "add": "both", "both": "both"}  # of the embedder, by kind of flip
 
 
 @contextmanager
@@ -74,8 +65,9 @@ def embed_to_file(
     """Embed ``images`` into ``output``; every rank enters. The ranks must see the same folder.
 
     Args:
+        embedder: an ``Embedder``, or what is called like one and has its ``embedding_size`` and ``identity``.
         images: ``len`` and ``[i]`` -> uint8 RGB [H, W, 3] of the embedder's input size; called from several threads,
-            one chunk ahead of the network.
+            one chunk ahead of what the network has been given. Two chunks are with the network at most.
         output: ``.npy`` file, float32 [N, D], raw embeddings. It appears when all is done. One process at a time.
         flip: ``none``; ``add``: embedding plus that of the mirror image; ``both``: the two apart, [N, 2, D].
         key: what the images are (a digest of their paths, say); a partial file of another key is not resumed.
@@ -94,9 +86,11 @@ def embed_to_file(
         UserError: on every rank, if one of them fails (an embedding that is not finite included), or if another process
             embeds into the same file; chunks that are finished are kept for the next run.
     """
-    if flip not in FLIPS:
-        raise ValueError(f"flip {flip!r}: choose {', '.join(FLIPS)}")
+    if flip not in VIEWS:
+        raise ValueError(f"flip {flip!r}: choose {', '.join(VIEWS)}")
     output = Path(output)
+    if isinstance(embedder, Embedder) and embedder.undecided:
+        _settle(embedder, images, num_threads)
     row = (2, embedder.embedding_size) if flip == "both" else (embedder.embedding_size,)
     work = _Partial(output, len(images), row, chunk, [flip, key, embedder.identity])
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -112,24 +106,38 @@ def embed_to_file(
         if num_done and rank == 0:
             print(f"{output}: goes on after {num_done} of {len(images)} images of an earlier run", file=sys.stderr)
         todo = todo[rank::world_size]
+
         try:
             with (
                 distributed.together(),
                 ThreadPoolExecutor(num_threads) as pool,
                 progress_bar("embed", work.num_images, num_done, show_progress and rank == 0) as advance,
             ):
-                coming = _load(pool, images, work.rows(todo[0])) if todo else None
-                for position, index in enumerate(todo):
-                    batch = [future.result() for future in coming]
-                    coming = _load(pool, images, work.rows(todo[position + 1])) if position + 1 < len(todo) else None
-                    embedding = FLIPS[flip](embedder, np.stack(batch))
-                    finite = np.isfinite(embedding.reshape(len(batch), -1)).all(1)
+
+                def finish(index: int, pending) -> None:
+                    embedding = pending.result()
+                    embedding = embedding.sum(1) if flip == "add" else embedding
+                    finite = np.isfinite(embedding.reshape(len(embedding), -1)).all(1)
                     if not finite.all():
                         bad = name_of(work.rows(index)[int(np.argmin(finite))])
                         raise UserError(f"{bad}: its embedding holds NaN or infinity; check the weights")
                     num_flagged = sum(map(flagged, work.rows(index))) if flagged is not None else 0
                     work.write(index, embedding, num_flagged)
-                    advance(len(batch) * world_size)
+                    advance(len(embedding) * world_size)
+
+                coming = _load(pool, images, work.rows(todo[0])) if todo else None
+                begun = None  # the chunk before: the network goes from one to the next without a gap
+                try:
+                    for position, index in enumerate(todo):
+                        batch = [future.result() for future in coming]
+                        more = position + 1 < len(todo)
+                        coming = _load(pool, images, work.rows(todo[position + 1])) if more else None
+                        before, begun = begun, (index, start(embedder, np.stack(batch), VIEWS[flip]))
+                        if before is not None:
+                            finish(*before)
+                finally:
+                    if begun is not None:  # an image that cannot be read does not undo the chunk before it
+                        finish(*begun)
         except Exception:
             if rank == 0 and not work.has_any():
                 work.discard()  # nothing to resume
@@ -138,6 +146,15 @@ def embed_to_file(
             if rank == 0:
                 work.finish(record)
     return np.load(output, mmap_mode="r")
+
+
+def _settle(embedder: Embedder, images: Sequence[np.ndarray], num_threads: int) -> None:
+    """Decide on bfloat16 by the first images, the same ones on every rank, so that all ranks agree."""
+    some = []
+    with distributed.together(), ThreadPoolExecutor(num_threads) as pool:
+        some = [future.result() for future in _load(pool, images, range(min(CHECKED_IMAGES, len(images))))]
+    if some:
+        embedder.settle(np.stack(some), lambda fails: distributed.agree(fails)[0])
 
 
 def _load(pool: ThreadPoolExecutor, images: Sequence[np.ndarray], rows: range) -> list:

@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     sets, embedder = {}, None
     with distributed.together():
         load_results(args.compare)  # a folder that is none ends the run now, not after the embedding
-        embedder = load_embedder(args.model, args.network, args.engine, args.batch_size, which=args.which)
+        embedder = load_embedder(
+            args.model, args.network, args.engine, args.batch_size, which=args.which, precision=args.precision
+        )
         if args.data_dir is not None and (args.pairs is None or args.target or args.image_dir is not None):
             targets = set_names(args.target) if args.target else None
             sets |= load_sets(args.data_dir, targets, args.allow_missing, embedder.input_size)

@@ -91,7 +91,7 @@ def test_the_network_sees_rgb_in_minus_one_to_one():
 OLDEST = [pytest.param(engine, marks=pytest.mark.oldest) for engine in ("dynamic", "static", "predictor")]
 
 
-@pytest.mark.parametrize("engine", [*OLDEST, "onnx"])
+@pytest.mark.parametrize("engine", [*OLDEST, "onnx", "openvino"])
 def test_every_engine_gives_the_embedding(engine, run_dir, layer):
     """Against float64 numpy; more images than a batch and a last batch that is smaller (trap 50)."""
     images = pictures(7)
@@ -123,7 +123,7 @@ def test_engines_agree_for_every_family(network):
     images = pictures(5, layer.input_size)
     expected = load_embedder(layer)(images)
     tolerance = 1e-4 * max(1, abs(expected).max())  # resnet50: the dynamic graph is 1.2e-4 off float64 at values of 5
-    for engine in ("static", "predictor", "onnx"):
+    for engine in ("static", "predictor", "onnx", "openvino"):
         np.testing.assert_allclose(load_embedder(layer, engine=engine)(images), expected, atol=tolerance)
 
 
@@ -196,17 +196,20 @@ def test_wrong_images_are_named(layer, images, shown):
 
 
 def test_auto_takes_the_fastest_and_tells_what_does_not_run(run_dir, monkeypatch, capfd):
-    assert load_embedder(run_dir).engine == "predictor"
-    assert "cannot run" not in capfd.readouterr().err
+    assert load_embedder(run_dir).engine == "openvino"
+    told = capfd.readouterr().err
+    assert "engine openvino: openvino 20" in told and "threads" in told and "cannot run" not in told
 
     def broken(*_):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setitem(embed.BUILDERS, "predictor", broken)
+    for engine in ("openvino", "predictor"):
+        monkeypatch.setitem(embed.BUILDERS, engine, broken)
     monkeypatch.setitem(embed.BUILDERS, "onnx", broken)
     assert load_embedder(run_dir).engine == "static"
     told = capfd.readouterr().err
-    assert "predictor" in told and "no such instruction" in told and "trying onnx" in told and "trying static" in told
+    assert "no such instruction" in told
+    assert all(f"trying {engine}" in told for engine in ("predictor", "onnx", "static"))
     with pytest.raises(UserError, match=r"'predictor' cannot run here.*no such instruction"):
         load_embedder(run_dir, engine="predictor")
     with pytest.raises(UserError, match="engine 'fast': choose auto"):
@@ -265,11 +268,13 @@ def pixel_graph(path, batch, raw=False, size=4):
 def test_onnx_files_of_others(tmp_path, batch, raw):
     """A fixed batch is filled up; a graph that scales pixels by itself is given pixels."""
     pixel_graph(tmp_path / "net.onnx", batch, raw)
-    embedder = load_embedder(tmp_path / "net.onnx", batch_size=3)
-    assert (embedder.engine, embedder.input_size, embedder.embedding_size) == ("onnx", 4, 48)
     images = pictures(5, 4)
     expected = (images / 127.5 - 1).transpose(0, 3, 1, 2).reshape(5, -1)
-    np.testing.assert_allclose(embedder(images), expected, atol=1e-5)
+    for engine in ("auto", "onnx"):
+        embedder = load_embedder(tmp_path / "net.onnx", engine=engine, batch_size=3)
+        assert embedder.engine == {"auto": "openvino", "onnx": "onnx"}[engine]
+        assert (embedder.input_size, embedder.embedding_size) == (4, 48)
+        np.testing.assert_allclose(embedder(images), expected, atol=1e-5)
 
 
 def test_infer_as_mindface_has_it(run_dir, tmp_path, layer):

@@ -26,7 +26,7 @@ import yaml
 
 from eval.bins import load_bin
 from eval.embed import Embedder, load_embedder
-from eval.engines import ENGINES
+from eval.options import add_engine_options
 from utils.errors import UserError, one_line_errors
 from utils.files import write_json
 from utils.photos.detect import build_detector
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file for OpenCV's FaceDetectorYN")
     parser.add_argument("--min-score", type=float, help="least detector score (default: YuNet 0.8, mtcnn 0.7)")
     parser.add_argument("--resize", action="store_true", help="resize crops of another size")
-    parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+    add_engine_options(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.far < 1:
         raise UserError(f"--far {args.far}: must be at least 0 and below 1")
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.model is None:
         print(f"model: {model}")
     faces = two_faces(args)
-    embedder = load_embedder(model, args.network, args.engine)
+    embedder = load_embedder(model, args.network, args.engine, precision=args.precision)
     crops = AlignedFaces(faces, embedder.input_size, resize=args.resize)
     embedding_2D = unit_embedding(embedder, np.stack([crops[0], crops[1]]))
     similarity = float(embedding_2D[0] @ embedding_2D[1])

@@ -22,8 +22,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from eval.embed import load_embedder
-from eval.engines import ENGINES
-from eval.options import add_device_option, print_warnings
+from eval.options import add_device_option, add_engine_options, print_warnings
 from eval.remarks import landmark_remarks
 from eval.stream import claimed, digest, embed_to_file
 from eval.vectors import row_norms
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--all-faces", action="store_true", help="every face of a photo, not the largest alone")
     parser.add_argument("--resize", action="store_true", help="resize crops of another size")
     parser.add_argument("--no-flip", action="store_true", help="without the mirror image's embedding")
-    parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+    add_engine_options(parser)
     parser.add_argument("--batch-size", type=int, default=64)
     add_device_option(parser)
     args = parser.parse_args(argv)
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         faces, embedder, stamps = [], None, None
         with distributed.together():
             faces = collect_faces(args)
-            embedder = load_embedder(args.model, args.network, args.engine, args.batch_size)
+            embedder = load_embedder(args.model, args.network, args.engine, args.batch_size, precision=args.precision)
             stamps = [(file.st_size, file.st_mtime_ns) for file in (face.path.stat() for face in faces)]
         images = AlignedFaces(faces, embedder.input_size, resize=args.resize)
         raw = args.output.with_name(f".{args.output.name}.raw.npy")

@@ -17,8 +17,7 @@ from prettytable import PrettyTable
 
 from eval.bins import load_bin
 from eval.embed import load_embedder
-from eval.engines import ENGINES
-from eval.options import add_device_option
+from eval.options import add_device_option, add_engine_options
 from eval.pairs import KNOWN_SETS, result_row, result_table, verify
 from utils import distributed
 from utils.errors import UserError, one_line_errors
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target", default="", help="comma-separated sets (default: every .bin there)")
     parser.add_argument("--output", type=Path, default=Path("results.txt"), help="table (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+    add_engine_options(parser)
     add_device_option(parser)
     args = parser.parse_args(argv)
     if args.batch_size < 1:
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     embedder, paths, failure = None, [], None
     try:
         paths = find_sets(args.data, [name for name in args.target.split(",") if name])
-        embedder = load_embedder(args.weights, args.network, args.engine, args.batch_size)
+        embedder = load_embedder(args.weights, args.network, args.engine, args.batch_size, precision=args.precision)
     except Exception as error:  # told to the other ranks, which wait
         failure = error
     distributed.raise_together(failure)

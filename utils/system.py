@@ -216,7 +216,7 @@ def keep_freed_memory(huge_bytes: int | None = None) -> bool:
 
 @functools.cache
 def processor() -> tuple[str, frozenset[str]]:
-    """(name of the processor with its maker, its feature flags); flags are empty where the system does not list them."""
+    """(maker and name of the processor, its feature flags); no flags where the system does not list them."""
     name, flags = platform.processor() or platform.machine(), frozenset()
     try:
         with open("/proc/cpuinfo") as file:
