@@ -31,8 +31,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from eval.approximate import ApproximateSearch, build_index, index_path
-from eval.embed import Embedder, load_embedder
-from eval.engines import ENGINES
+from eval.embed import ENGINES, Embedder, load_embedder
 from eval.gallery import About, Gallery, Match, Threshold, unit_float32, write_gallery
 from eval.stream import digest, embed_to_file
 from tools.sources import NetworkImages, open_source, pixel_digest

@@ -26,8 +26,7 @@ import numpy as np
 
 from dataset import Source
 from eval.embed import load_embedder
-from eval.engines import ENGINES
-from eval.options import add_device_option
+from eval.options import add_device_option, add_engine_options
 from eval.pages import Page
 from tools.clean.against import Overlap, TestSet, embed_test_set, find_overlap, open_test_set
 from tools.clean.analysis import Findings, analyse
@@ -226,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resize", action="store_true", help="stretch images that are not square")
     parser.add_argument("--network", help="backbone name, where the model does not say it")
     parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
-    parser.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+    add_engine_options(parser)
     parser.add_argument("--batch-size", type=int, default=64)
     add_device_option(parser)
     return parser
@@ -248,7 +247,9 @@ def main(argv: list[str] | None = None) -> None:
         if not len(source):
             raise UserError(f"{args.dataset}: no images in it")
         tests = open_test_sets(test_paths(args.against))
-        embedder = load_embedder(args.model, args.network, args.engine, args.batch_size, which=args.which)
+        embedder = load_embedder(
+            args.model, args.network, args.engine, args.batch_size, which=args.which, precision=args.precision
+        )
     folder = args.output / "embeddings"
     reading = read_source(source, args.dataset, embedder, folder, args.resize)
     embedded = [(test, *embed_test_set(test, embedder, folder, args.resize)) for test in tests]
