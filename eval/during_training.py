@@ -1,29 +1,11 @@
 """Pair verification on a training run's cadence: the sets are read when needed, every rank embeds its share."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
-from eval.bins import load_bin
-from eval.pairs import check_set, verify
+from eval.pairs import LazySets, check_set, verify
 from eval.remarks import set_remarks
 from utils.errors import UserError
-
-
-class LazySets(Mapping):
-    """name -> (images, same) of ``.bin`` files, decoded on access and not kept: a rank holds one set at a time."""
-
-    def __init__(self, paths: dict[str, Path], size: int):
-        self._paths, self._size = paths, size
-
-    def __getitem__(self, name: str):
-        return load_bin(self._paths[name], (self._size, self._size))
-
-    def __iter__(self):
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
 
 class Verification:

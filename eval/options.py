@@ -9,20 +9,8 @@ from prettytable import PrettyTable
 
 from eval.embed import ENGINES
 
-_SUFFIXES = (
-    ".pdparams",
-    ".safetensors",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".onnx",
-    ".npy",
-    ".npz",
-    ".bin",
-    ".txt",
-    ".csv",
-    ".lst",
-)
+_WEIGHTS = (".pdparams", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx")
+_SUFFIXES = (*_WEIGHTS, ".npy", ".npz", ".bin", ".txt", ".csv", ".lst")
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:

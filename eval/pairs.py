@@ -42,6 +42,22 @@ class SetResult:
     warnings: tuple[str, ...] = field(default=(), repr=False)
 
 
+class LazySets(Mapping):
+    """name -> (images, same) of ``.bin`` files, decoded on access and not kept: a rank holds one set at a time."""
+
+    def __init__(self, paths: dict[str, Path], size: int):
+        self._paths, self._size = paths, size
+
+    def __getitem__(self, name: str):
+        return load_bin(self._paths[name], (self._size, self._size))
+
+    def __iter__(self):
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
 def verify(
     model: object,
     sets: Mapping[str, Pairs],
@@ -64,8 +80,10 @@ def verify(
     """
     embedder = load_embedder(model, batch_size=batch_size) if isinstance(model, paddle.nn.Layer) else model
     results = {}
-    for name, (image_NHWC, same_P) in sets.items():
-        check_set(name, same_P)
+    for name in sets:
+        with distributed.together():
+            image_NHWC, same_P = sets[name]
+            check_set(name, same_P)
         embedding_N2D = _embed(embedder, image_NHWC, batch_size, name, show_progress)
         warnings = set_remarks(image_NHWC, same_P, num_folds, far_target)
         try:

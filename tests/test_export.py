@@ -1,5 +1,7 @@
 """tools/export.py: both formats of every family, read by others, checked by the command itself."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -91,3 +93,18 @@ def test_what_cannot_be_exported_is_told(tmp_path, capsys):
             main(arguments)
         assert caught.value.code == 1
         assert shown in capsys.readouterr().err
+
+
+def test_names_with_dots(tmp_path, capsys):
+    """Exports of a sweep lie side by side; only the files that were written are named."""
+    weights = write_weights(tmp_path / "w.pdparams", trained_like("mnist_2d", **SMALL["mnist_2d"]))
+    arguments = ["--model", str(weights), "--network", "mnist_2d", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    for name in ("r50_lr0.1", "r50_lr0.2", "r50_lr0"):
+        main([*arguments, "--name", name, "--format", " paddle, onnx"])
+        told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote ")]
+        assert len(told) == 3 and all(Path(line[6:]).stem == name for line in told)
+    assert len(list((tmp_path / "out").iterdir())) == 9
+    for name in ("model.onnx", "a/b", ""):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--name", name])
+        assert f"--name {name}: a file name without folder" in capsys.readouterr().err

@@ -10,10 +10,11 @@ import paddle
 import pytest
 import yaml
 
-from eval.embed import load_embedder
+from eval.embed import infer, load_embedder
 from tests.test_embed import NETWORK, state_of, trained_like
 from tools import compare, embed, model_test
 from utils.errors import UserError
+from utils.owner import claim
 from utils.photos.align import ARCFACE_TEMPLATE, align_face
 from utils.photos.detect import build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, read_landmarks
@@ -271,6 +272,53 @@ def test_other_weights_are_measured_anew(tmp_path, run_dir, layer, capsys):
     assert first["identity"] != second["identity"] and first["threshold"] != second["threshold"]
 
 
+def test_a_set_that_changed_under_its_name_is_measured_anew(tmp_path, run_dir, capsys):
+    images, _ = write_bin(tmp_path / "pairs.bin", 12)
+    a = save_picture(tmp_path / "a.png", images[0])
+    arguments = [str(a), str(a), "--model", str(run_dir), "--calibrate", str(tmp_path / "pairs.bin"), "--device", "cpu"]
+    compare.main(arguments)
+    first = json.loads((run_dir / "threshold.json").read_text())
+    write_bin(tmp_path / "pairs.bin", 12, seed=1)
+    compare.main(arguments)
+    second = json.loads((run_dir / "threshold.json").read_text())
+    assert first["identity"] == second["identity"] and first["threshold"] != second["threshold"]
+
+
+def test_cut_jpegs_are_refused_by_every_tool(tmp_path, run_dir, capsys):
+    """Training refuses them; OpenCV would fill in grey."""
+    whole = cv2.imencode(".jpg", picture(0))[1].tobytes()
+    cut = tmp_path / "photos/cut.jpg"
+    cut.parent.mkdir()
+    cut.write_bytes(whole[: len(whole) // 2])
+    fail(embed.main, tmp_path / "photos", "--model", run_dir, "--output", tmp_path / "o.npz")
+    assert "cut.jpg: not an image that can be decoded" in capsys.readouterr().err
+    fail(compare.main, cut, cut, "--model", run_dir, "--threshold", "0.5")
+    assert "cut.jpg: not an image that can be decoded" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"cut\.jpg: not an image that can be decoded"):
+        infer(cut, backbone="iresnet18", pretrained=run_dir)
+    assert not (tmp_path / "o.npz").exists()
+
+
+def test_landmarks_outside_of_a_photo_are_said(tmp_path, run_dir, capsys):
+    save_picture(tmp_path / "photos/a.png", picture(0))
+    points = np.asarray(ARCFACE_TEMPLATE) + 80
+    (tmp_path / "points.txt").write_text("a.png " + " ".join(map(str, points.ravel())) + "\n")
+    arguments = [tmp_path / "photos", "--model", run_dir, "--landmarks", tmp_path / "points.txt"]
+    embed.main([*map(str, arguments), "--output", str(tmp_path / "o.npz")])
+    assert "warning: 1 of 1 images have a landmark outside of the picture" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.npz", "photos", "points.txt", "work_dirs"]
+
+
+def test_two_embeddings_into_one_file(tmp_path, run_dir, capsys):
+    save_picture(tmp_path / "photos/a.png", picture(0))
+    arguments = [tmp_path / "photos", "--model", run_dir, "--output", tmp_path / "o.npz"]
+    with claim(tmp_path, name="o.npz.owner"):
+        fail(embed.main, *arguments)
+        assert "in use by process" in capsys.readouterr().err
+        embed.main([*map(str, arguments[:-1]), str(tmp_path / "other.npz")])
+    embed.main([*map(str, arguments)])
+
+
 def test_compare_without_any_threshold(tmp_path, run_dir, monkeypatch, capsys):
     a = save_picture(tmp_path / "a.png", picture(0))
     fail(compare.main, a, a, "--model", run_dir)
@@ -303,6 +351,10 @@ def test_model_test_writes_the_table_of_all_sets(tmp_path, layer, capsys, monkey
     assert "1.00000+-0.00000" in next(line for line in text.splitlines() if "lfw" in line)
     model_test.main([*arguments, "--target", "cplfw", "--output", str(tmp_path / "other.txt")])
     assert "zebra" not in (tmp_path / "other.txt").read_text()
+    capsys.readouterr()
+    model_test.main([*arguments, "--target", " cplfw.bin, lfw", "--output", str(tmp_path / "new/table.txt")])
+    written = (tmp_path / "new/table.txt").read_text()
+    assert "warning: cplfw: FAR 0.001 lies below what" in written and "warning: lfw" in written
     capsys.readouterr()
     for extra, told in ((["--target", "lfw,agedb_30"], "agedb_30.bin missing"), (["--batch-size", "0"], "at least 1")):
         fail(model_test.main, *arguments, *extra)

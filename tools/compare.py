@@ -17,16 +17,18 @@ import json
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cv2
 import numpy as np
 import yaml
 
 from eval.bins import load_bin
 from eval.embed import Embedder, load_embedder
-from eval.options import add_engine_options
+from eval.options import add_device_option, add_engine_options
+from eval.remarks import score_remarks
+from eval.vectors import unit_rows
+from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import write_json
 from utils.photos.detect import build_detector
@@ -35,11 +37,10 @@ from utils.photos.faces import AlignedFaces, Face, detect_faces, read_landmarks
 
 def unit_embedding(embedder: Embedder, images_NHWC: np.ndarray) -> np.ndarray:
     """[N, D] float64 of unit length: embedding plus that of the mirror image."""
-    embedding_ND = (embedder(images_NHWC) + embedder(images_NHWC, flip=True)).astype(np.float64)
-    norm_N1 = np.linalg.norm(embedding_ND, axis=1, keepdims=True)
-    if not (np.isfinite(norm_N1).all() and (norm_N1 > 0).all()):
-        raise UserError("an embedding is zero or not finite; check the weights")
-    return embedding_ND / norm_N1
+    unit_ND = unit_rows(embedder(images_NHWC) + embedder(images_NHWC, flip=True), "embeddings")
+    if not unit_ND.any(1).all():
+        raise UserError("an embedding is zero; check the weights")
+    return unit_ND
 
 
 def measure_threshold(embedder: Embedder, sets: list[Path], far: float, threshold: float | None = None) -> dict:
@@ -49,15 +50,12 @@ def measure_threshold(embedder: Embedder, sets: list[Path], far: float, threshol
     of so many. A ``threshold`` that is given is only measured.
 
     Returns:
-        ``threshold``, ``far`` (measured), ``tar`` (of the same pairs), ``different`` and ``same`` (pairs), ``sets``,
-        ``target`` and ``identity`` (of the weights).
+        ``threshold``, ``far`` (measured), ``tar`` (of the same pairs), ``different`` and ``same`` (pairs), ``sets`` and
+        their ``stamps`` (size and time of each file), ``target`` and ``identity`` (of the weights).
     """
     same_scores, different_scores = [], []
     for path in sets:
-        images, same_P = load_bin(path)
-        size = embedder.input_size
-        if images.shape[1:3] != (size, size):
-            images = np.stack([cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA) for image in images])
+        images, same_P = load_bin(path, (embedder.input_size, embedder.input_size))
         embedding_ND = unit_embedding(embedder, images)
         score_P = np.sum(embedding_ND[0::2] * embedding_ND[1::2], axis=1)
         same_scores.append(score_P[same_P])
@@ -65,6 +63,8 @@ def measure_threshold(embedder: Embedder, sets: list[Path], far: float, threshol
     same, different = np.concatenate(same_scores), np.sort(np.concatenate(different_scores))[::-1]
     if not len(different):
         raise UserError(f"{sets[0]}: no pairs of different people, so no false-accept rate can be measured")
+    for warning in score_remarks(np.concatenate([same, different])):
+        print(f"warning: {', '.join(path.name for path in sets)}: {warning}")
     if threshold is None:
         threshold = float(different[min(int(far * len(different)), len(different) - 1)])
     return {
@@ -74,9 +74,14 @@ def measure_threshold(embedder: Embedder, sets: list[Path], far: float, threshol
         "different": len(different),
         "same": len(same),
         "sets": [str(path) for path in sets],
+        "stamps": _stamps(sets),
         "target": far,
         "identity": embedder.identity,
     }
+
+
+def _stamps(sets: list[Path]) -> list[list[int]]:
+    return [[path.stat().st_size, path.stat().st_mtime_ns] for path in sets]
 
 
 def find_threshold(embedder: Embedder, model: Path, sets: list[Path], far: float) -> dict | None:
@@ -87,7 +92,9 @@ def find_threshold(embedder: Embedder, model: Path, sets: list[Path], far: float
             found = json.loads(kept.read_text(encoding="utf-8"))
         except ValueError:
             raise UserError(f"{kept}: damaged; delete it to measure the threshold again") from None
-        wanted = {"identity": embedder.identity, "target": far, **({"sets": [str(p) for p in sets]} if sets else {})}
+        wanted = {"identity": embedder.identity, "target": far}
+        if sets:  # a set of the same name may be another one meanwhile
+            wanted |= {"sets": [str(path) for path in sets], "stamps": _stamps(sets)}
         if all(found.get(key) == value for key, value in wanted.items()):
             return found
     if not sets:
@@ -153,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--min-score", type=float, help="least detector score (default: YuNet 0.8, mtcnn 0.7)")
     parser.add_argument("--resize", action="store_true", help="resize crops of another size")
     add_engine_options(parser)
+    add_device_option(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.far < 1:
         raise UserError(f"--far {args.far}: must be at least 0 and below 1")
@@ -160,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--threshold {args.threshold}: a cosine lies in -1 ... 1")
     if args.landmarks is not None and args.detector is not None:
         raise UserError("--landmarks and --detector exclude each other")
+    distributed.init(args.device)
     model = args.model or newest_run()
     if args.model is None:
         print(f"model: {model}")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":
+if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -22,11 +22,14 @@ from prettytable import PrettyTable
 
 from eval.embed import load_backbone
 from eval.engines import OPSET, DynamicEngine, OnnxEngine, PredictorEngine, save_inference_model, save_onnx
+from eval.options import add_device_option
+from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.system import threads_of_rank
 
 FORMATS = ("paddle", "onnx")
 BATCHES = (1, 7, 64)
+_ENDINGS = (".json", ".onnx", ".pdiparams", ".pdmodel")
 
 
 def export(layer, output: Path, formats: tuple[str, ...] = FORMATS, batches: tuple[int, ...] = BATCHES,
@@ -103,18 +106,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="model", help="file name without suffix (default: %(default)s)")
     parser.add_argument("--opset", type=int, default=OPSET, help="ONNX operator set (default: %(default)s)")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="difference not to be reached (%(default)s)")
+    add_device_option(parser)
     args = parser.parse_args(argv)
-    formats = tuple(dict.fromkeys(part for part in args.format.split(",") if part))
+    formats = tuple(dict.fromkeys(part.strip() for part in args.format.split(",") if part.strip()))
     unknown = [part for part in formats if part not in FORMATS]
     if unknown or not formats:
         raise UserError(f"--format {args.format}: choose from {', '.join(FORMATS)}")
+    if not args.name or Path(args.name).name != args.name or args.name.endswith(_ENDINGS):
+        raise UserError(f"--name {args.name}: a file name without folder and without {', '.join(_ENDINGS)} is needed")
+    distributed.init(args.device)
     layer = load_backbone(args.model, args.network, args.which)
     rows = export(layer, args.output, formats, tolerance=args.tolerance, opset=args.opset, name=args.name)
     table = PrettyTable(["Format", "Batch", "Difference", "Values up to"])
     table.add_rows([[row["format"], row["batch"], f"{row['difference']:.1e}", f"{row['scale']:.3g}"] for row in rows])
     print(table)
-    for file in sorted(args.output.glob(f"{args.name}.*")):
-        print(f"wrote {file}")
+    for ending in _ENDINGS:
+        if (file := args.output / f"{args.name}{ending}").is_file():
+            print(f"wrote {file}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Test weights on every .bin set of a folder, as the Paddle ancestor's command did; the table goes to results.txt.
+"""Test weights on every .bin set of a folder, as arcface-Paddle's command does; the table goes to results.txt.
 
     python tools/model_test.py --network iresnet50 --weights backbone.pth --data faces/ms1m
 
@@ -10,15 +10,25 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prettytable import PrettyTable
 
-from eval.bins import load_bin
+from eval.bins import read_bin
 from eval.embed import load_embedder
-from eval.options import add_device_option, add_engine_options
-from eval.pairs import KNOWN_SETS, result_row, result_table, verify
+from eval.options import add_device_option, add_engine_options, print_warnings
+from eval.pairs import (
+    KNOWN_SETS,
+    LazySets,
+    check_set,
+    find_sets,
+    result_row,
+    result_table,
+    set_names,
+    set_warnings,
+    verify,
+)
 from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import write_text
@@ -26,23 +36,25 @@ from utils.files import write_text
 FAR = 1e-3
 
 
-def find_sets(data: Path, targets: list[str]) -> list[Path]:
-    """The ``.bin`` files of a folder, the known ones first in their usual order; or the named ones, all of them."""
-    if not data.is_dir():
-        raise UserError(f"{data}: no such folder; --data must hold the .bin sets")
-    if targets:
-        missing = [name for name in targets if not (data / f"{name}.bin").is_file()]
-        if missing:
-            raise UserError(f"{data}: {', '.join(f'{name}.bin' for name in missing)} missing")
-        return [data / f"{name}.bin" for name in targets]
-    found = sorted(data.glob("*.bin"), key=lambda path: (path.stem not in KNOWN_SETS, _order(path.stem), path.stem))
+def choose_sets(data: Path, targets: list[str]) -> dict[str, Path]:
+    """The ``.bin`` files of a folder, the known ones first in their usual order; or the named ones, all of them.
+
+    Raises:
+        UserError: one is missing, there is none, or one that cannot be judged: before anything is embedded.
+    """
+    found = find_sets(data, targets or [path.stem for path in sorted(data.glob("*.bin"), key=_order)], "--data")
+    missing = [f"{name}.bin" for name in targets if name not in found]
+    if missing:
+        raise UserError(f"{data}: {', '.join(missing)} missing")
     if not found:
         raise UserError(f"{data}: no .bin set there")
+    for path in found.values():
+        check_set(str(path), read_bin(path)[1])
     return found
 
 
-def _order(name: str) -> int:
-    return KNOWN_SETS.index(name) if name in KNOWN_SETS else 0
+def _order(path: Path) -> tuple[int, str]:
+    return (KNOWN_SETS.index(path.stem) if path.stem in KNOWN_SETS else len(KNOWN_SETS), path.stem)
 
 
 @one_line_errors
@@ -61,25 +73,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
     distributed.init(args.device)
-    embedder, paths, failure = None, [], None
-    try:
-        paths = find_sets(args.data, [name for name in args.target.split(",") if name])
+    embedder, paths = None, {}
+    with distributed.together():
+        paths = choose_sets(args.data, set_names(args.target))
         embedder = load_embedder(args.weights, args.network, args.engine, args.batch_size, precision=args.precision)
-    except Exception as error:  # told to the other ranks, which wait
-        failure = error
-    distributed.raise_together(failure)
-    rows = []
-    for path in paths:  # one set in memory at a time
-        results = verify(embedder, {path.stem: load_bin(path)}, args.batch_size, far_target=FAR, show_progress=True)
-        rows.append(result_row(results[path.stem]))
+    results = verify(
+        embedder, LazySets(paths, embedder.input_size), args.batch_size, far_target=FAR, show_progress=True
+    )
     if distributed.get_rank() != 0:
         return
-    head, body = result_table(rows, FAR)
+    head, body = result_table([result_row(result) for result in results.values()], FAR)
     table = PrettyTable(head)
     table.add_rows(body)
     title = f"{args.network or args.weights}: {args.weights}"
-    write_text(args.output, f"{title}\n{table}\n")
-    print(f"{title}\n{table}\nwrote {args.output}")
+    warnings = set_warnings(results)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.output, "\n".join([title, str(table), *(f"warning: {text}" for text in warnings), ""]))
+    print(f"{title}\n{table}")
+    print_warnings(warnings)
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

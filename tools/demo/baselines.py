@@ -14,6 +14,8 @@ from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_curve
 
+from eval.vectors import unit_rows
+
 PIXELS = 56
 
 
@@ -33,8 +35,7 @@ def all_pairs(person_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def cosine_scores(embedding_ND: np.ndarray, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
     """Cosine similarity of the pairs, float64 [P]."""
-    unit_ND = embedding_ND.astype(np.float64)
-    unit_ND = unit_ND / np.linalg.norm(unit_ND, axis=1, keepdims=True)
+    unit_ND = unit_rows(embedding_ND)
     return np.einsum("pd,pd->p", unit_ND[left_P], unit_ND[right_P])
 
 

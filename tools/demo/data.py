@@ -24,6 +24,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from eval.bins import save_bin
+from eval.vectors import scale_to_unit
 from mxnet_reader import recordio
 from utils.errors import UserError, one_line_errors
 from utils.photos.align import ARCFACE_TEMPLATE
@@ -145,7 +146,7 @@ def verification_pairs(faces: Faces, seed: int) -> dict[str, list[tuple[int, int
     drawn = [impostor[i] for i in rng.permutation(len(impostor))[: len(genuine)]]
     pixel_ND = faces.image_NHW.reshape(len(faces.person_N), -1).astype(np.float64)
     pixel_ND -= pixel_ND.mean(axis=0)
-    pixel_ND /= np.linalg.norm(pixel_ND, axis=1, keepdims=True)
+    scale_to_unit(pixel_ND, out=pixel_ND)
     similarity_NN = pixel_ND @ pixel_ND.T
     alike = sorted(impostor, key=lambda pair: -similarity_NN[pair])[: len(genuine)]
     return {"orl": balanced_folds(genuine, drawn, rng), "orl_hard": balanced_folds(genuine, alike, rng)}

@@ -3,8 +3,6 @@
 Used by ``tools/demo.py``. Shapes: N unseen images, P pairs of them.
 """
 
-import base64
-import html
 import json
 from pathlib import Path
 
@@ -16,6 +14,8 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
+from eval.pages import Page
+from eval.vectors import scale_to_unit
 from tools.demo.baselines import all_pairs
 from tools.demo.compare import Comparison
 from tools.demo.data import Faces
@@ -60,7 +60,7 @@ def draw_roc(methods: dict[str, Comparison], same_P: np.ndarray, path: Path) -> 
 def draw_similarity(embedding_ND: np.ndarray, person_N: np.ndarray, path: Path) -> None:
     """Cosine similarity of every two unseen images, sorted by person, beside a 2-D projection (PCA)."""
     order = np.argsort(person_N, kind="stable")
-    unit_ND = embedding_ND[order] / np.linalg.norm(embedding_ND[order], axis=1, keepdims=True)
+    unit_ND = scale_to_unit(embedding_ND[order])
     person_N = person_N[order]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
     image = left.imshow(unit_ND @ unit_ND.T, cmap="magma", vmin=-0.5, vmax=1)
@@ -101,34 +101,39 @@ def draw_errors(network: Comparison, unseen: Faces, path: Path, most: int = 10) 
 
 def write_html(results: dict, pictures: dict[str, Path], path: Path) -> None:
     """One self-contained page: the figures, the pictures (embedded), how it was run."""
-    rows = "".join(
-        f"<tr><td>{html.escape(row['method'])}</td><td>{row['balanced_accuracy']:.4f}</td>"
-        + "".join(f"<td>{entry['accuracy']:.4f} ± {entry['accuracy_std']:.4f}</td>" for entry in row["sets"].values())
-        + "".join(f"<td>{100 * point['strict']:.1f}</td>" for point in row["templates"])
-        + "</tr>"
+    first = results["methods"][0]
+    head = [
+        "method",
+        "balanced accuracy",
+        *(f"{name}.bin, ten folds" for name in first["sets"]),
+        *(f"TAR@FAR={point['far']:g} (%)" for point in first["templates"]),
+    ]
+    rows = [
+        [
+            row["method"],
+            f"{row['balanced_accuracy']:.4f}",
+            *(f"{entry['accuracy']:.4f} ± {entry['accuracy_std']:.4f}" for entry in row["sets"].values()),
+            *(f"{100 * point['strict']:.1f}" for point in row["templates"]),
+        ]
         for row in results["methods"]
+    ]
+    page = Page("Faces of people the network has never seen")
+    page.text(
+        f"Trained on {results['num_train_people']} people of the ORL data set, judged on the other "
+        f"{results['num_unseen_people']} (people {results['unseen']}); seed {results['seed']}. Balanced accuracy "
+        "is the mean of true-accept and true-reject rate at the best threshold over all "
+        f"{results['num_pairs']:,} pairs. The last checkpoint is reported; the unseen people selected nothing. "
+        "Landmarks, detector scores and templates of the IJB-shaped set are synthetic; its faces are real."
     )
-    heads = "".join(f"<th>{html.escape(name)}.bin, ten folds</th>" for name in results["methods"][0]["sets"])
-    heads += "".join(f"<th>TAR@FAR={point['far']:g} (%)</th>" for point in results["methods"][0]["templates"])
-    images = "".join(
-        f"<h2>{html.escape(title)}</h2><img alt='{html.escape(title)}' src='data:image/png;base64,"
-        f"{base64.b64encode(picture.read_bytes()).decode()}'>"
-        for title, picture in pictures.items()
-    )
-    path.write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>ArcFace on unseen people</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse}}td,th{{border:1px solid #ccc;padding:.3rem .7rem;text-align:right}}
-td:first-child,th:first-child{{text-align:left}}img{{max-width:100%}}pre{{background:#f5f5f5;padding:1rem;overflow:auto}}</style>
-<h1>Faces of people the network has never seen</h1>
-<p>Trained on {results["num_train_people"]} people of the ORL data set, judged on the other
-{results["num_unseen_people"]} (people {html.escape(results["unseen"])}); seed {results["seed"]}. Balanced accuracy is
-the mean of true-accept and true-reject rate at the best threshold over all {results["num_pairs"]:,} pairs. The last
-checkpoint is reported; the unseen people selected nothing. Landmarks, detector scores and templates of the IJB-shaped
-set are synthetic; its faces are real.</p>
-<table><tr><th>method</th><th>balanced accuracy</th>{heads}</tr>{rows}</table>{images}
-<h2>Seconds a stage</h2><pre>{html.escape(json.dumps(results["seconds"], indent=2))}</pre>
-<h2>Run</h2><pre>{html.escape(results["config"])}</pre></html>
-""")
+    page.table(head, rows)
+    for title, picture in pictures.items():
+        page.heading(title)
+        page.picture(picture, title)
+    page.heading("Seconds a stage")
+    page.code(json.dumps(results["seconds"], indent=2))
+    page.heading("Run")
+    page.code(results["config"])
+    page.write(path)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
