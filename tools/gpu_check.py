@@ -44,7 +44,7 @@ from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import file_digest, write_json
 from utils.run.checkpoint import list_checkpoints, read_meta
-from utils.system import BF16_CAPABILITY, gpu_capability, peak_memory_mb, pick_device
+from utils.system import BF16_CAPABILITY, gpu_capability, num_devices, peak_memory_mb, pick_device
 from utils.weights.states import save_pdparams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -490,11 +490,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"no usable GPU ({built}); install paddlepaddle-gpu on a machine with one, or --device cpu")
     if args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes:g}: must be above 0")
-    num_devices = {"cpu": 2}.get(device) or max(1, paddle.device.cuda.device_count() if device == "gpu" else 1)
+    count = 2 if device == "cpu" else max(1, num_devices(device))
     sizes = SMALL if args.small or device == "cpu" else FULL
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
         checker = Checker(device, sizes, Path(folder), args.output, args.minutes)
-        run_all(checker, num_devices)
+        run_all(checker, count)
     print_published(checker)
     print(f"written to {args.output}; please send it back")
     if not all(found["passed"] for found in checker.report["checks"].values()):

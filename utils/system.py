@@ -102,6 +102,17 @@ def pick_device(name: str = "auto") -> str:
     return name
 
 
+def num_devices(name: str) -> int:
+    """How many of a type of accelerator this machine has; 0 for the CPU."""
+    import paddle
+
+    if name == "gpu":
+        return paddle.device.cuda.device_count()
+    if name == "xpu":
+        return paddle.base.core.get_xpu_device_count()
+    return sum(each.split(":")[0] == name for each in paddle.device.get_available_custom_device() or ())
+
+
 def on_cpu() -> bool:
     """Whether new tensors lie in the host's memory."""
     import paddle

@@ -1,4 +1,4 @@
-"""train.py on the test device: precisions, skips, resumes on the device and on the CPU, two ranks, evaluation."""
+"""train.py on the test device: precisions, skips, resume there and on the CPU, two ranks, batch norm over ranks."""
 
 import numpy as np
 import pytest

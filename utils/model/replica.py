@@ -83,10 +83,11 @@ class Replica:
             return paddle.concat([each if each.ndim == 1 else each.reshape([-1]) for each in self._statistics])
 
     def _write_statistics(self, flat: paddle.Tensor) -> None:
+        """The parts of ``flat`` become the statistics' own memory: one call, where copies would be one for each."""
         parts = paddle.split(flat, self._sizes)
         for tensor, part in zip(self._statistics, parts, strict=True):
             part = part if tensor.ndim == 1 else part.reshape(tensor.shape)
-            paddle.assign(part, output=tensor)  # set_value of Paddle 2.6 goes through numpy, and the host waits
+            tensor.get_tensor()._share_data_with(part.get_tensor())
 
 
 def _synchronise_norms(layer: paddle.nn.Layer) -> None:

@@ -1,0 +1,77 @@
+"""Embedding, verification and gpu_check's steps on the test device."""
+
+import json
+
+import numpy as np
+import paddle
+import pytest
+
+from backbones import build_backbone
+from eval.embed import load_embedder
+from tests.device.build import DEVICE
+from tests.device.counters import counts
+from tests.device.test_plugin import ON_DEVICE
+from tests.eval_data import faces
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.device
+
+
+@pytest.fixture
+def network():
+    def build(device: str):
+        paddle.set_device(device)
+        layer = build_backbone("iresnet18", width=4, input_size=32, embedding_size=8)
+        rng = np.random.default_rng(1)
+        for _, tensor in sorted(layer.state_dict().items()):
+            value = rng.normal(size=tensor.shape) / np.sqrt(max(1, np.prod(tensor.shape[1:])))
+            tensor.set_value((np.abs(value) + 0.5 if tensor.ndim == 1 else value).astype(np.float32))
+        return layer.eval()
+
+    yield build
+    paddle.set_device(DEVICE)
+
+
+@pytest.mark.parametrize("engine", ["auto", "dynamic", "static"])
+def test_embeddings_are_the_cpu_s_and_made_on_the_device(engine, network):
+    images, _ = faces(3, 4, 32)
+    expected = load_embedder(network("cpu"), engine="dynamic")(images, flip=True)
+    embedder = load_embedder(network(DEVICE), engine=engine, batch_size=5)
+    before = counts()
+    found = embedder(images, flip=True)
+    work = counts() - before
+    assert work.kernel_calls > 3 * 50, f"{embedder.engine} ran elsewhere"
+    assert work.h2d_bytes >= images.size, "the images went there"
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+VERIFY = """
+import sys, json
+import numpy as np, paddle
+from backbones import build_backbone
+from eval.pairs import verify
+from tests.eval_data import faces, pairs_of
+from utils import distributed
+distributed.init(sys.argv[1])
+images, person = faces(6, 6, 32)
+index, same = pairs_of(person, 40)
+paddle.seed(2)
+layer = build_backbone("iresnet18", width=4, input_size=32, embedding_size=8)
+rng = np.random.default_rng(1)
+for _, tensor in sorted(layer.state_dict().items()):
+    value = rng.normal(size=tensor.shape) / np.sqrt(max(1, np.prod(tensor.shape[1:])))
+    tensor.set_value((np.abs(value) + 0.5 if tensor.ndim == 1 else value).astype(np.float32))
+result = verify(layer, {"set": (images[index], same)}, batch_size=7)["set"]
+print("RESULT " + json.dumps([result.metrics.accuracy, result.metrics.auc, result.no_flip.accuracy]), flush=True)
+"""
+
+
+@pytest.mark.distributed
+def test_verification_on_two_ranks_is_the_cpu_s():
+    def figures(output):
+        (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+        return json.loads(line[7:])
+
+    (expected,) = map(figures, run_ranks(VERIFY, 1, ["cpu"]))
+    for output in run_ranks(VERIFY, 2, [DEVICE], env=ON_DEVICE):
+        np.testing.assert_allclose(figures(output), expected, atol=0.03)
