@@ -1,10 +1,20 @@
-"""Embedding speed: our automatic engine beside Paddle's dynamic graph and PyTorch eager, on CPU.
+"""Embedding speed on CPU: our automatic engine beside Paddle and PyTorch, and IJB from crops on disk to its table.
 
-    python benchmarks/embed.py [--json FILE] [--networks iresnet18 iresnet50] [--batch 16] [--runs 9] [--threads 2]
+    python benchmarks/embed.py [--json FILE] [--networks iresnet18 vit_t] [--images 64] [--runs 5] [--threads 2]
 
-From uint8 112x112 images to embeddings on the host, the same weights on every side, the same number of threads. Each
-side is a process of its own; they take turns, one batch each, so that a slow minute of the machine hits all of them.
-The embeddings are compared: a side that computes something else is an error. Bar: ``dynamic`` 2.5, ``pytorch`` 1.0.
+From uint8 112x112 images (ORL's real faces where the package that holds them can be fetched) to embeddings on the host,
+the same weights on every side, the same number of threads. Each side is a process of its own; they take turns, so that
+a slow minute of the machine hits all of them. A side that computes something else is an error; bfloat16 counts where
+its check passes, and its least cosine to float32 is printed.
+
+    embed/<network>/pytorch       our best mode against PyTorch eager float32
+    embed/<network>/dynamic       our best mode against Paddle's dynamic graph
+    embed/<network>/predictor     our float32 against Paddle Inference
+    embed/<network>/bf16_vs_fp32  our two modes, where the processor has bfloat16
+    ijb/crops_to_table            network's time over the whole time from crops on disk to TAR@FAR: align, decode, pool
+
+Bars with bfloat16: ``pytorch`` 2.5 for iResNets, 2.0 for others; ``bf16_vs_fp32`` 1.8; ``predictor`` 1.0;
+``crops_to_table`` 0.909 (10 % overhead).
 """
 
 import argparse
@@ -29,51 +39,85 @@ DEPTHS = {
     "iresnet50": (3, 4, 14, 3),
     "iresnet100": (3, 13, 30, 3),
 }
-NETWORKS = ("iresnet18", "iresnet50")
-SIDES = ("ours", "dynamic", "pytorch")
-PEERS = SIDES[1:]
+NETWORKS = ("iresnet18", "iresnet50", "mobilefacenet", "vit_t")
+OURS = {"fp32": ("auto", "fp32"), "bf16": ("auto", "bf16"), "predictor": ("predictor", "fp32"),
+        "dynamic": ("dynamic", "fp32")}  # fmt: skip
+SIDES = (*OURS, "pytorch")
+PEERS = {"pytorch": "PyTorch eager", "dynamic": "Paddle dynamic graph", "predictor": "Paddle Inference"}
+NUM_CROPS = 768
+LEAST_COSINE = 0.9995  # as eval/embed.py has it: with less, float32 is our best mode
 
 
-def make_weights(network: str, folder: Path) -> None:
-    """``weights.pt`` of a PyTorch network and 64 random images."""
+def peer(network: str):
+    """The PyTorch network of that name, untrained."""
+    from benchmarks.peer_backbones import IResNet, MobileFaceNet, ViT
+
+    builders = {name: lambda depths=depths: IResNet(depths) for name, depths in DEPTHS.items()}
+    return {**builders, "mobilefacenet": MobileFaceNet, "vit_t": ViT}[network]()
+
+
+def real_faces(count: int) -> tuple[np.ndarray, str]:
+    """uint8 [count, 112, 112, 3] and what they are: ORL's faces over and over, or noise where they cannot be had."""
+    from tools.demo.data import load_faces
+    from utils.errors import UserError
+
+    try:
+        grey_NHW = load_faces(Path(__file__).resolve().parent.parent / "data" / "orl").image_NHW
+    except UserError:
+        images = np.random.default_rng(0).integers(0, 256, (count, 112, 112, 3), dtype=np.uint8)
+        return images, "noise"
+    chosen = np.random.default_rng(0).permutation(np.resize(np.arange(len(grey_NHW)), count))
+    return np.repeat(grey_NHW[chosen][..., None], 3, axis=3), "ORL faces"
+
+
+def make_weights(network: str, folder: Path, num_images: int) -> str:
+    """``weights.pt`` of a PyTorch network and the images; returns what those are."""
     import torch
 
-    from benchmarks.peer_backbones import IResNet, randomise
+    from benchmarks.peer_backbones import randomise
 
-    torch.save(randomise(IResNet(DEPTHS[network])).state_dict(), folder / "weights.pt")
-    images = np.random.default_rng(0).integers(0, 256, (64, 112, 112, 3), dtype=np.uint8)
+    images, kind = real_faces(num_images)
+    torch.manual_seed(0)
+    torch.save(randomise(peer(network)).state_dict(), folder / "weights.pt")
     np.save(folder / "images.npy", images)
+    return kind
 
 
 def serve(side: str, network: str, folder: Path, threads: int) -> None:
     """Child process: for each line on stdin, embed so many images and print the seconds."""
     images = np.load(folder / "images.npy")
-    embed, name = _pytorch(network, folder, threads) if side == "pytorch" else _paddle(side, network, folder, threads)
-    print(json.dumps({"engine": name}), flush=True)
+    if side == "ijb":
+        answer, told = _ijb(network, folder, threads)
+    elif side == "pytorch":
+        answer, told = _pytorch(network, folder, threads), {"engine": "eager", "precision": "fp32"}
+    else:
+        from eval.embed import load_embedder
+        from utils.errors import UserError
+
+        engine, precision = OURS[side]
+        try:
+            answer = load_embedder(folder / "weights.pt", network, engine, num_threads=threads, precision=precision)
+        except UserError:  # no bfloat16 here
+            answer = load_embedder(folder / "weights.pt", network, engine, num_threads=threads)
+        told = {"engine": answer.engine, "precision": answer.precision}
+    print(json.dumps(told), flush=True)
     for line in sys.stdin:
+        if side == "ijb":
+            print(json.dumps(answer()), flush=True)
+            continue
         batch = images[: int(line)]
         start = time.perf_counter()
-        embedding_BD = embed(batch)
+        embedding_BD = answer(batch)
         seconds = time.perf_counter() - start
         np.save(folder / f"{side}.npy", embedding_BD)
         print(json.dumps({"seconds": seconds}), flush=True)
 
 
-def _paddle(side: str, network: str, folder: Path, threads: int):
-    from eval.embed import load_embedder
-
-    engine = "auto" if side == "ours" else "dynamic"
-    embedder = load_embedder(folder / "weights.pt", network, engine, num_threads=threads)
-    return embedder, embedder.engine
-
-
 def _pytorch(network: str, folder: Path, threads: int):
     import torch
 
-    from benchmarks.peer_backbones import IResNet
-
     torch.set_num_threads(threads)
-    net = IResNet(DEPTHS[network])
+    net = peer(network)
     net.load_state_dict(torch.load(folder / "weights.pt", weights_only=True), strict=True)
     net.eval()
 
@@ -81,84 +125,174 @@ def _pytorch(network: str, folder: Path, threads: int):
         with torch.inference_mode():
             return net(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)).numpy()
 
-    return embed, "eager"
+    return embed
 
 
-def measure(network: str, batch: int, runs: int, threads: int) -> list[dict]:
+def _ijb(network: str, folder: Path, threads: int):
+    """A set of JPEG crops with landmarks, two images a template; the answer times the network alone and everything."""
+    import cv2
+
+    from eval.embed import load_embedder
+    from eval.features import protocol_features
+    from eval.protocols import read_csv_protocol
+    from eval.tables import Setting, evaluate_templates
+    from utils.photos.align import ARCFACE_TEMPLATE
+
+    images, _ = real_faces(NUM_CROPS)
+    rng = np.random.default_rng(0)
+    points = ",".join(f"{axis}{k}" for k in range(1, 6) for axis in "xy")
+    lines, pairs = [f"path,template,media,score,{points}"], ["left,right,same"]
+    for index, image in enumerate(images):
+        crop = cv2.copyMakeBorder(image, 24, 24, 24, 24, cv2.BORDER_REPLICATE)  # 160 x 160, as IJB's crops are larger
+        cv2.imwrite(str(folder / f"{index}.jpg"), crop[..., ::-1])
+        landmarks = np.asarray(ARCFACE_TEMPLATE) + 24 + rng.normal(0, 1, (5, 2))
+        values = ",".join(f"{value:.2f}" for value in landmarks.ravel())
+        lines.append(f"{index}.jpg,{index // 2},{index // 2},1,{values}")
+    for template in range(NUM_CROPS // 2):
+        pairs.append(f"{template},{(template + 1) % (NUM_CROPS // 2)},{template % 2}")
+    (folder / "images.csv").write_text("\n".join(lines) + "\n")
+    (folder / "pairs.csv").write_text("\n".join(pairs) + "\n")
+    embedder = load_embedder(folder / "weights.pt", network, num_threads=threads, precision="auto")
+    embedder.settle(images)
+    embedder.start(images[:64], "both").result()
+
+    def answer() -> dict:
+        start = time.perf_counter()
+        embedder.start(images, "both").result()
+        alone = time.perf_counter() - start
+        start = time.perf_counter()
+        protocol = read_csv_protocol(folder)
+        with tempfile.TemporaryDirectory() as cache:
+            features = protocol_features(protocol, lambda: embedder, "weights", Path(cache) / "f.npy", threads)
+            evaluate_templates(protocol, features.feature_N2D, Setting())
+        return {"network": alone, "whole": time.perf_counter() - start}
+
+    return answer, {"engine": embedder.engine, "precision": embedder.precision}
+
+
+class Children:
+    """One process a side."""
+
+    def __init__(self, sides: tuple[str, ...], network: str, folder: Path, threads: int):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
+        self.processes, self.told = {}, {}
+        for side in sides:
+            command = [sys.executable, __file__, "--child", side, network, str(folder), "--threads", str(threads)]
+            self.processes[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                                    stderr=subprocess.DEVNULL, text=True, env=environment)  # fmt: skip
+            self.told[side] = self._answer(side)  # one after the other: starting takes all cores
+
+    def ask(self, side: str, count: int) -> dict:
+        """One turn."""
+        self.processes[side].stdin.write(f"{count}\n")
+        self.processes[side].stdin.flush()
+        return self._answer(side)
+
+    def _answer(self, side: str) -> dict:
+        while line := self.processes[side].stdout.readline():
+            if line.startswith("{"):  # engines may print lines of their own
+                return json.loads(line)
+        raise SystemExit(f"error: the {side} side ended with status {self.processes[side].wait()}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for child in self.processes.values():
+            child.kill()
+            child.wait()
+
+
+def measure(network: str, num_images: int, runs: int, threads: int) -> list[dict]:
     """One network: all sides in turn; prints and returns its cases."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_weights(network, folder)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
-            "PYTHONWARNINGS": "ignore",
-        }
-        children = {}
-        try:
-            for side in SIDES:
-                command = [sys.executable, __file__, "--child", side, network, name, "--threads", str(threads)]
-                children[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                  stderr=subprocess.DEVNULL, text=True, env=environment)  # fmt: skip
-            engines = {side: _answer(child, side)["engine"] for side, child in children.items()}
-            rates = {side: [] for side in SIDES}
-            for _ in range(runs + 1):
-                for side, child in children.items():
-                    child.stdin.write(f"{batch}\n")
-                    child.stdin.flush()
-                    rates[side].append(batch / _answer(child, side)["seconds"])
-        finally:
-            for child in children.values():
-                child.kill()
-                child.wait()
-        found = {side: np.load(folder / f"{side}.npy") for side in SIDES}
-    difference = max(float(np.abs(found["ours"] - found[peer]).max()) for peer in PEERS)
-    if not difference < 1e-4 * max(1.0, float(np.abs(found["pytorch"]).max())):
+        kind = make_weights(network, folder, num_images)
+        rates = {side: [] for side in SIDES}
+        with Children(SIDES, network, folder, threads) as children:
+            told = children.told
+            for _ in range(runs + 1):  # the first turn of each side is warm-up
+                for side in SIDES:
+                    rates[side].append(num_images / children.ask(side, num_images)["seconds"])
+        found = {side: np.load(folder / f"{side}.npy").astype(np.float64) for side in SIDES}
+    rates = {side: values[1:] for side, values in rates.items()}
+    scale = max(1.0, float(np.abs(found["pytorch"]).max()))
+    difference = max(float(np.abs(found["fp32"] - found[side]).max()) for side in PEERS)
+    if not difference < 1e-4 * scale:
         raise SystemExit(f"error: {network}: the sides' embeddings differ by {difference:.3g}")
-    return [_case(network, peer, rates, engines, difference) for peer in PEERS]
+    norms = np.linalg.norm(found["bf16"], axis=1) * np.linalg.norm(found["fp32"], axis=1)
+    cosine = float(((found["bf16"] * found["fp32"]).sum(1) / norms).min())
+    reduced = told["bf16"]["precision"] == "bf16"
+    common = {"images": kind, "largest_difference": difference}
+    best = "bf16" if reduced and cosine >= LEAST_COSINE else "fp32"
+    cases = []
+    for side, ours in (("pytorch", best), ("dynamic", best), ("predictor", "fp32")):
+        more = {**common, "engine": told[ours]["engine"], "precision": told[ours]["precision"]}
+        cases.append(_case(f"embed/{network}/{side}", rates[ours], rates[side], PEERS[side], more))
+    if reduced:
+        more = {**common, "engine": told["bf16"]["engine"], "precision": "bf16", "least_cosine": cosine}
+        cases.append(_case(f"embed/{network}/bf16_vs_fp32", rates["bf16"], rates["fp32"], "our float32", more))
+        print(f"  least cosine of bfloat16 to float32: {cosine:.6f} ({kind})")
+    return cases
 
 
-def _case(network: str, peer: str, rates: dict, engines: dict, difference: float) -> dict:
-    ours, theirs = rates["ours"][1:], rates[peer][1:]  # the first turn of each side is warm-up
+def measure_ijb(network: str, runs: int, threads: int) -> dict:
+    """The case ``ijb/crops_to_table``."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_weights(network, folder, 1)
+        with Children(("ijb",), network, folder, threads) as children:
+            times = [children.ask("ijb", 0) for _ in range(runs + 1)][1:]
+            told = children.told["ijb"]
+    alone, whole = ([one[key] for one in times] for key in ("network", "whole"))
+    ratios = [a / b for a, b in zip(alone, whole, strict=True)]
+    overhead = statistics.median(whole) / statistics.median(alone) - 1
+    print(f"ijb/crops_to_table: {NUM_CROPS} crops, {network}, {told['engine']} {told['precision']}: "
+          f"{statistics.median(whole):.2f} s, the network alone {statistics.median(alone):.2f} s, "
+          f"overhead {100 * overhead:.1f} %")  # fmt: skip
+    return {
+        "name": "ijb/crops_to_table", "metric": "seconds", "ours": statistics.median(whole),
+        "peer": statistics.median(alone), "peer_name": "the network alone", "ratio": 1 / (1 + overhead),
+        "runs": len(times), "spread": [min(ratios), max(ratios)], "overhead": overhead, "network": network, **told,
+    }  # fmt: skip
+
+
+def _case(name: str, ours: list[float], theirs: list[float], peer_name: str, more: dict) -> dict:
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     case = {
-        "name": f"embed/{network}/{peer}",
+        "name": name,
         "metric": "images_s",
         "ours": statistics.median(ours),
         "peer": statistics.median(theirs),
-        "peer_name": {"dynamic": "Paddle dynamic graph", "pytorch": "PyTorch eager"}[peer],
-        "ratio": statistics.median(ours) / statistics.median(theirs),
+        "peer_name": peer_name,
+        "ratio": statistics.median(ratios),
         "runs": len(ours),
         "spread": [min(ratios), max(ratios)],
-        "engine": engines["ours"],
-        "largest_difference": difference,
+        **more,
     }
-    print("{name}: {ours:.1f} images/s ({engine}) against {peer:.1f} ({peer_name}), ratio {ratio:.2f}".format(**case))
+    print("{name}: {ours:.1f} images/s ({engine}, {precision}) against {peer:.1f} ({peer_name}), ratio {ratio:.2f}"
+          .format(**case), flush=True)  # fmt: skip
     return case
-
-
-def _answer(child: subprocess.Popen, side: str) -> dict:
-    while line := child.stdout.readline():
-        if line.startswith("{"):  # engines may print lines of their own
-            return json.loads(line)
-    raise SystemExit(f"error: the {side} side ended with status {child.wait()}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=tuple(DEPTHS))
-    parser.add_argument("--batch", type=int, default=16, help="images a turn, at most 64 (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=9, help="measured turns, after one that is not")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=(*DEPTHS, "mobilefacenet", "vit_t"))
+    parser.add_argument("--images", type=int, default=64, help="images a turn (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="measured turns, after one that is not")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
+    parser.add_argument("--ijb-network", default="iresnet50", choices=(*DEPTHS, "none"), help="of ijb/crops_to_table")
     parser.add_argument("--child", nargs=3, metavar=("SIDE", "NETWORK", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
         serve(args.child[0], args.child[1], Path(args.child[2]), args.threads)
         return
-    cases = [case for network in args.networks for case in measure(network, args.batch, args.runs, args.threads)]
-    packages = ("paddlepaddle", "onnxruntime", "torch", "numpy")
+    cases = [case for network in args.networks for case in measure(network, args.images, args.runs, args.threads)]
+    if args.ijb_network != "none":
+        cases.append(measure_ijb(args.ijb_network, max(1, args.runs // 2), args.threads))
+    packages = ("paddlepaddle", "openvino", "torch", "numpy")
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads a side, {platform.system()}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

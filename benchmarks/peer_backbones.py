@@ -141,3 +141,44 @@ def randomise(network: nn.Module, seed: int = 0, num_images: int = 8) -> nn.Modu
     with torch.no_grad():
         network(torch.rand(num_images, 3, 112, 112) * 2 - 1)
     return network.eval()
+
+
+class _ViTBlock(nn.Module):
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width, bias=False), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        split = self.attn["qkv"](self.norm1(x)).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(*split)  # PyTorch's fastest on CPU
+        x = x + self.attn["proj"](mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.mlp["fc2"](nn.functional.relu6(self.mlp["fc1"](self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """[B, 3, 112, 112] -> [B, embedding_size]; ``depth`` 12 and ``width`` 256 is ``vit_t``."""
+
+    def __init__(self, depth: int = 12, width: int = 256, embedding_size: int = 512, num_heads: int = 8):
+        super().__init__()
+        tokens = (112 // 9) ** 2
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 9, 9)})
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))  # of training alone
+        self.blocks = nn.ModuleList([_ViTBlock(width, num_heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.feature = nn.Sequential(
+            nn.Linear(width * tokens, width, bias=False),
+            nn.BatchNorm1d(width, eps=2e-5),
+            nn.Linear(width, embedding_size, bias=False),
+            nn.BatchNorm1d(embedding_size, eps=2e-5),
+        )
+
+    def forward(self, image):
+        x = self.patch_embed["proj"](image).flatten(2).transpose(1, 2) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.feature(self.norm(x).flatten(1))
