@@ -70,6 +70,7 @@ class RunConfig(Section):
     sync_bn: bool = False  # batch-norm statistics over all ranks
     ema: float = Field(0.0, ge=0, lt=1)  # decay of an averaged copy of the backbone; 0: none
     max_skips: PositiveInt = 50  # stop after so many non-finite updates in a row
+    deterministic: bool = False  # on a GPU: convolutions by algorithms that repeat bit for bit, at some speed
     hang_timeout: NonNegativeFloat = 1800.0  # seconds without a finished step before a rank gives up; 0: never
 
 
@@ -164,7 +165,7 @@ class HeadConfig(Section):
     momentum: float | None = Field(None, ge=0, lt=1)  # None: as optim
     weight_decay: NonNegativeFloat | None = None  # None: as optim
     lr_scale: PositiveFloat = 1.0  # the head's learning rate is lr times this
-    matmul_dtype: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the class products on GPU
+    matmul_dtype: Literal["fp32", "tf32", "bf16"] = "fp32"  # class products on GPU; tf32 where the card has it
     chunk: PositiveInt | None = None  # classes handled at a time; None: chosen for the device
 
 
@@ -219,7 +220,7 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
-    """What is told, and how often."""
+    """What is logged, and how often."""
 
     every_steps: PositiveInt = 50
     tensorboard: bool = True
@@ -228,7 +229,7 @@ class LogConfig(Section):
     plane_every_steps: NonNegativeInt = 0  # 2-D embeddings: draw the plane so often; 0: never
     plane_beside: FilePath | None = None  # run directory whose plane is drawn on the left of ours
     samples: NonNegativeInt = 0  # training images shown in the event file at start
-    spike: PositiveFloat = 3.0  # a loss above its running mean by so many standard deviations and half the mean is told
+    spike: PositiveFloat = 3.0  # a loss so many standard deviations and half its running mean above that is logged
 
 
 class InitConfig(Section):

@@ -88,7 +88,8 @@ class PartialFC:
         momentum, weight_decay, betas, epsilon: of the optimiser; ``weight_decay=None`` is 5e-4 for SGD, 0.1 for AdamW.
         dtype: of the stored rows, ``"float32"`` or ``"float64"``; math is float64 if either side is.
         backend: ``"paddle"``, ``"numpy"`` (CPU only, threaded) or ``"auto"``: numpy on CPU.
-        matmul_dtype: ``"fp32"``, ``"tf32"`` or ``"bf16"`` products, the last two on GPU only.
+        matmul_dtype: ``"fp32"``, ``"tf32"`` (float32 where the device has no such products) or ``"bf16"`` products,
+            the last on GPU only; the targets' similarities, norms and softmax stay float32.
         num_threads: of the numpy backend; default: the cores this process may use, shared by the ranks.
         chunk_rows: class rows a chunk; default chosen by the backend.
 

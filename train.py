@@ -40,7 +40,7 @@ from utils.run.steps import Feed, Update, finish, log_update, report_odd, save
 from utils.run.steps import fetch as fetch
 from utils.run.summary import summarize
 from utils.run.watchdog import Watchdog
-from utils.system import gpu_capability, keep_freed_memory
+from utils.system import choose_convolutions, gpu_capability, keep_freed_memory
 from utils.weights.initial import load_initial
 from utils.weights.states import save_pdparams
 
@@ -168,9 +168,8 @@ def train(run: Run) -> None:
         while run.schedule_step < run.schedule.total_steps and not (progress.stopped_early or stop.agreed):
             batches = feed.next()
             lr = run.schedule(run.updates_at(batches.start))
-            is_last = run.updates_at(batches.stop) >= run.schedule.total_steps
             log_due = progress.step == 0 or due(progress.step + 1, config.log.every_steps)
-            done = update(run, batches, lr, log_due and config.log.angles, None if is_last else feed.ahead)
+            done = update(run, batches, lr, log_due and config.log.angles, feed.ahead)
             progress.step += 1
             meter.add(run.images_per_update, batches.waited, done.loss)
             run.watchdog.done(progress.step)
@@ -228,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_arguments(argv, DEFAULT_CONFIG, __doc__)
     if distributed.init(config.run.device) == "cpu":
         keep_freed_memory()
+    choose_convolutions(config.run.deterministic)
     with owned_run_folder(config.run.output):
         run = build(config)
         try:

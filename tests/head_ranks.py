@@ -58,7 +58,7 @@ class Rank:
 
 
 def check_against_definition(me: Rank) -> None:
-    """Loss 1e-6, gradients 1e-5 (max-norm, relative); trap 12: the embedding gradient is W times the mean's."""
+    """Loss 1e-6, gradients 1e-5 (max-norm, relative); the embedding gradient is W times the mean's."""
     cases = {
         "arcface": (("arcface", {}), (reference.arcface,), {}),
         "cosface": (("cosface", {}), (reference.cosface,), {}),
@@ -83,7 +83,7 @@ def check_against_definition(me: Rank) -> None:
 
 
 def check_average_is_one_process(me: Rank) -> None:
-    """Trap 12: a linear backbone whose gradients are averaged over ranks gets the gradient of one process."""
+    """A linear backbone whose gradients are averaged over ranks gets the gradient of one process."""
     w_CD, x_GD, label_G = data(me.world_size)
     kernel = np.random.default_rng(3).normal(size=(DIM, DIM))
     _, _, d_y = reference.dense_gradients(w_CD, x_GD @ kernel, label_G, reference.arcface)
@@ -95,7 +95,7 @@ def check_average_is_one_process(me: Rank) -> None:
 
 
 def check_accumulation(me: Rank) -> None:
-    """Traps 18, 22: micro-batches on each rank equal one batch, with momentum, decay and a draw below 1."""
+    """Micro-batches on each rank equal one batch, with momentum, decay and a draw below 1."""
     w_CD, x_GD, label_G = data(me.world_size)
     options = {"rate": 0.5, "momentum": 0.9, "weight_decay": 0.01}
     whole, parts = me.build(w_CD, **options), me.build(w_CD, **options)
@@ -134,7 +134,7 @@ def check_sampled_training(me: Rank) -> None:
 
 
 def check_nonfinite(me: Rank) -> None:
-    """Trap 14: one rank's broken gradient is one decision for all, and a skip leaves every rank as it was."""
+    """One rank's broken gradient is one decision for all, and a skip leaves every rank as it was."""
     w_CD, x_GD, label_G = data(me.world_size)
     head = me.build(w_CD, momentum=0.9, weight_decay=0.01, rate=0.5)
     me.run(head, x_GD, label_G)
@@ -152,7 +152,7 @@ def check_nonfinite(me: Rank) -> None:
 
 
 def check_rank_without_positives(me: Rank) -> None:
-    """Trap 20: positives only, all of them on rank 0; the others hold no row and take part in every collective."""
+    """Positives only, all of them on rank 0; the others hold no row and take part in every collective."""
     w_CD, x_GD, label_G = data(me.world_size)
     label_G = label_G % 2
     loss, d_w, d_x = reference.dense_gradients(w_CD, x_GD, label_G, reference.arcface, classes=label_G)

@@ -12,7 +12,7 @@ def curve(schedule, count):
 
 
 def test_warmup_starts_with_the_first_update():
-    """Trap 40: the first update is warmed up too, and the base rate is reached exactly."""
+    """The first update is warmed up too, and the base rate is reached exactly."""
     schedule = LrSchedule("poly", 0.1, 10, 100, warmup_steps=4)
     assert curve(schedule, 5) == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
 

@@ -107,7 +107,7 @@ def test_lars_survives_zero_weights_and_gradients():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
 def test_state_continues_bit_for_bit_in_a_second_network(name):
-    """Trap 32: the second network's parameters have other framework names; state goes by structure."""
+    """The second network's parameters have other framework names; state goes by structure."""
     start, gradients, lrs, coefficients = problem()
     whole, _ = run_ours(gradients, {"name": name}, lrs, coefficients, start)
     half, first = run_ours(gradients[:15], {"name": name}, lrs[:15], coefficients[:15], start)
@@ -144,7 +144,7 @@ def test_norms_and_biases():
 
 
 def test_global_norm_and_clip():
-    """Trap 7: the global norm, not each tensor's; PyTorch's clip_grad_norm_ is the reference."""
+    """The global norm, not each tensor's; PyTorch's clip_grad_norm_ is the reference."""
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(3)
     net = Net()

@@ -62,7 +62,7 @@ def run(head, x_GD, label_G, factor: float = 1.0, **call):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_definition(case, backend):
-    """Loss to 1e-6 and gradients to 1e-5 at least, a loss above 1, repeated labels. Traps 9, 10."""
+    """Loss to 1e-6 and gradients to 1e-5 at least, a loss above 1, repeated labels."""
     margin, args, options = CASES[case]
     w_CD, x_GD, label_G = data(length=3.0 if case in ("linear", "norm") else 25.0)
     loss, d_w, d_x = reference.dense_gradients(w_CD, x_GD, label_G, *args, **options)
@@ -97,7 +97,7 @@ def test_float32_rows(backend):
 @pytest.mark.oldest
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_upstream_gradient_and_scale(backend):
-    """Trap 13: (3 * loss).backward() triples both gradients; grad_scale takes a loss scale out again."""
+    """(3 * loss).backward() triples both gradients; grad_scale takes a loss scale out again."""
     w_CD, x_GD, label_G = data()
     plain, tripled, scaled = (build(w_CD=w_CD, backend=backend) for _ in range(3))
     _, d_x = run(plain, x_GD, label_G)
@@ -115,7 +115,7 @@ def test_upstream_gradient_and_scale(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rate", [1.0, 0.4])
 def test_accumulation(backend, rate):
-    """Traps 18, 22: four micro-batches, each loss / 4, equal one batch; 4 * 4 samples > D, so they are folded."""
+    """Four micro-batches, each loss / 4, equal one batch; 4 * 4 samples > D, so they are folded."""
     w_CD, x_GD, label_G = data(batch=16)
     whole, parts = (build(w_CD=w_CD, backend=backend, sample_rate=rate, seed=5) for _ in range(2))
     whole.prepare([paddle.to_tensor(label_G)])
@@ -137,7 +137,7 @@ def test_accumulation(backend, rate):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("update", ["dense", "sampled"])
 def test_training_equals_a_dense_optimiser(backend, update):
-    """Trap 8: 40 sampled steps with momentum, decay, changing lr, two skips and a flush, gradients by definition."""
+    """40 sampled steps with momentum, decay, changing lr, two skips and a flush, gradients by definition."""
     w_CD, _, _ = data()
     head = build(w_CD=w_CD, backend=backend, sample_rate=0.3, momentum=0.9, weight_decay=0.01, update=update)
     head._optimizer.max_ages = 16
@@ -187,7 +187,7 @@ def test_backends_agree_in_float32():
 @pytest.mark.oldest
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_direction_and_saturation(backend):
-    """Trap 11: a zero embedding, a zero row, cos = +-1 exactly: everything stays finite."""
+    """A zero embedding, a zero row, cos = +-1 exactly: everything stays finite."""
     w_CD, x_GD, label_G = data()
     x_GD[0], x_GD[1], x_GD[2] = 0.0, 5 * w_CD[label_G[1]], -5 * w_CD[label_G[2]]
     w_CD[(label_G[3] + 1) % CLASSES] = 0.0
@@ -203,7 +203,7 @@ def test_no_direction_and_saturation(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poison", ["embedding", "upstream", "weight"])
 def test_nonfinite_is_found_and_skipped(backend, poison):
-    """Traps 14, 15: inf anywhere is reported; skipping leaves weight, momentum and the next steps untouched."""
+    """Inf anywhere is reported; skipping leaves weight, momentum and the next steps untouched."""
     w_CD, x_GD, label_G = data()
     head = build(w_CD=w_CD, backend=backend, momentum=0.9, weight_decay=0.01)
     run(head, x_GD, label_G)
@@ -232,7 +232,7 @@ def test_nonfinite_is_found_and_skipped(backend, poison):
 @pytest.mark.parametrize("sample_rate", [1.0, 0.25])
 @pytest.mark.parametrize("options", [{}, {"update": "sampled"}, {"optimizer": "adamw"}])
 def test_resume_is_bit_exact(options, sample_rate):
-    """Traps 3, 5: what was trained is what is stored; saving mutates nothing; a resumed head repeats the run."""
+    """What was trained is what is stored; saving mutates nothing; a resumed head repeats the run."""
 
     def train(head, steps):
         for step in steps:
@@ -276,7 +276,7 @@ def test_load_refuses_what_does_not_fit():
 
 @pytest.mark.oldest
 def test_caller_keeps_its_tensors():
-    """Trap 21: labels and embeddings are not changed, [B, 1] labels and a batch of one work, half is widened."""
+    """Labels and embeddings are not changed, [B, 1] labels and a batch of one work, half is widened."""
     w_CD, x_GD, label_G = data()
     x, label = paddle.to_tensor(x_GD[:1], stop_gradient=False), paddle.to_tensor(label_G[:1, None])
     loss = build(w_CD=w_CD)(x, label)
@@ -302,7 +302,7 @@ def test_frozen_embedding_still_trains_the_head():
 
 @pytest.mark.oldest
 def test_sampling_of_the_head():
-    """Traps 1, 20: rate 0 keeps positives alone; an unprepared call draws like a prepared one; draws move on."""
+    """Rate 0 keeps positives alone; an unprepared call draws like a prepared one; draws move on."""
     w_CD, x_GD, label_G = data()
     positives = build(w_CD=w_CD, sample_rate=0.0)
     loss, _ = run(positives, x_GD, label_G)
@@ -381,7 +381,7 @@ def test_misuse_is_named():
 @pytest.mark.oldest
 @pytest.mark.parametrize(("num_classes", "world_size"), [(10, 8), (100, 16), (85742, 8), (7, 7), (5, 1)])
 def test_shards(num_classes, world_size):
-    """Trap 16: the shards sum to C, contiguous in rank order; trap 2: any C works."""
+    """The shards sum to C, contiguous in rank order; any C works."""
     shards = [ClassShard(num_classes, rank, world_size) for rank in range(world_size)]
     assert [shard.num_local for shard in shards] == [
         num_classes // world_size + (rank < num_classes % world_size) for rank in range(world_size)
@@ -403,7 +403,7 @@ def test_initial_rows_do_not_depend_on_the_ranks():
         parts = [PartialFC(10_001, 4, margin, 1.0, rank, world_size, 3).export_weight() for rank in range(world_size)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
     assert abs(whole.mean()) < 2e-4 and whole.std() == pytest.approx(0.01, rel=0.02)
-    with pytest.raises(ValueError, match="rank 1 of 2"):  # trap 24: not the rank of this process
+    with pytest.raises(ValueError, match="rank 1 of 2"):  # not the rank of this process
         PartialFC(10, 4, margin, 1.0, 1, 2).prepare([paddle.to_tensor([1])])
 
 

@@ -23,7 +23,7 @@ def test_ranks_equal_the_dense_definition(num_ranks, tmp_path):
 
 
 def check_elastic_resume(folder: Path, num_ranks: int) -> None:
-    """Trap 24: the joined shards of W ranks continue on one rank as a dense float64 optimiser would."""
+    """The joined shards of W ranks continue on one rank as a dense float64 optimiser would."""
     shards = [np.load(folder / f"{rank}.npz") for rank in range(num_ranks)]
     names = ("weight", "momentum", "stamp")
     rows = {name: np.concatenate([shard[name] for shard in shards]) for name in names}

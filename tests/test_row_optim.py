@@ -53,7 +53,7 @@ def difference(ours, reference) -> float:
 @pytest.mark.parametrize("max_ages", [40, 1024])
 @pytest.mark.parametrize("decay", [5e-4, 0.0, 0.02])
 def test_lazy_equals_dense(total, max_ages, decay):
-    """Trap 8: dense momentum and decay on every row, at the cost of the sampled ones; float32 rows to 1e-5."""
+    """Dense momentum and decay on every row, at the cost of the sampled ones; float32 rows to 1e-5."""
     bank = RowBank(0, ROWS, DIM, RowSGD(0.9, decay, "dense", max_ages), seed=0, dtype="float32")
     w, v = bank.weight.numpy().astype(np.float64) * 100, np.zeros([ROWS, DIM])
     bank.weight.set_value(w.astype(np.float32))
@@ -110,7 +110,7 @@ def test_sampled_leaves_other_rows_alone():
 
 
 def test_adamw_against_torch():
-    """Trap 19: each row counts its own updates, so a row sampled now and then equals torch.optim.AdamW on it alone."""
+    """Each row counts its own updates, so a row sampled now and then equals torch.optim.AdamW on it alone."""
     torch = pytest.importorskip("torch")
     bank = RowBank(0, ROWS, DIM, RowAdamW(0.9, 0.99, 1e-8, 0.05), seed=0, dtype="float64")
     rows = [torch.nn.Parameter(torch.tensor(row)) for row in bank.weight.numpy().copy()]

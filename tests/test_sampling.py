@@ -12,7 +12,7 @@ pytestmark = pytest.mark.oldest
 @pytest.mark.parametrize("num_classes", [1, 2, 7, 1000])
 @pytest.mark.parametrize("num_positive", [0, 1, 60])
 def test_quota_positives_order(rate, num_classes, num_positive):
-    """Trap 1: sampling happens; trap 17: more positives than the quota are all kept; trap 20: none is fine."""
+    """Sampling happens; more positives than the quota are all kept; none is fine."""
     rng = np.random.default_rng(num_positive)
     positive = rng.integers(0, num_classes, num_positive)
     before = positive.copy()

@@ -100,7 +100,7 @@ say("resumed", digest(part))
 # A run that saves nothing before its end, and logs on every update.
 run(f"{folder}/unsaved.yaml", "checkpoint.every_steps=0", "log.every_steps=1", "log.angles=false")
 
-# Rank 1 alone meets an infinite gradient in its head: both skip the update (trap 14).
+# Rank 1 alone meets an infinite gradient in its head: both skip the update.
 config = train.parse_arguments([f"{folder}/skipping.yaml"], train.DEFAULT_CONFIG, "")
 parts = train.build(config)
 before = digest(parts), parts.head.export_weight().tobytes(), parts.optimizer.state()
@@ -143,7 +143,7 @@ def test_two_ranks_resume_bit_for_bit_and_agree(tmp_path):
     assert {"images_s", "lr", "data_wait", "grad_norm", "theta_own", "theta_other", "eta_s", "memory_mb"} <= set(
         lines[0]
     )
-    assert lines[0]["lr"] == pytest.approx(0.05 / 3), "the first update is warmed up (trap 40)"
+    assert lines[0]["lr"] == pytest.approx(0.05 / 3), "the first update is warmed up"
     assert [line["step"] for line in metrics(tmp_path / "resumed")] == [10, 12, 14]
     for each in (first, second):
         assert each["skipped"] == [True, True, 1]

@@ -55,7 +55,7 @@ def take(run, count):
 
 
 def test_accumulation_is_the_mean_over_micro_batches(tmp_path):
-    """Trap 22: two micro-batches of 8 give the update of one batch of 16, head included."""
+    """Two micro-batches of 8 give the update of one batch of 16, head included."""
     runs = [build(tmp_path, "head.sample_rate=1.0", name=name) for name in ("parts", "whole")]
     batches = take(runs[0], 2)
     joined = [(paddle.concat([b[0] for b in batches]), paddle.concat([b[1] for b in batches]))]
@@ -74,7 +74,7 @@ def test_accumulation_is_the_mean_over_micro_batches(tmp_path):
 
 
 def test_clip_acts_on_the_backbone_only_and_on_its_global_norm(tmp_path):
-    """Trap 7. The step of plain SGD is lr * clipped gradient; the head's is not clipped."""
+    """The step of plain SGD is lr * clipped gradient; the head's is not clipped."""
     runs = [build(tmp_path, f"optim.clip_norm={clip}", name=f"c{clip}") for clip in (0.0, 0.01)]
     start, head_start = weights(runs[0]), runs[0].head.export_weight()
     batch = take(runs[0], 1)
@@ -176,6 +176,8 @@ def test_average_is_what_is_verified_and_kept_as_best(tmp_path, monkeypatch):
     seen, scores = [], iter([0.6, 0.8, 0.7, 0.75, 0.9])
 
     class Judge:
+        warnings = ()
+
         def __init__(self, *_):
             pass
 

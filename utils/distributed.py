@@ -1,5 +1,28 @@
 """The only caller of collectives: one code path for gloo (CPU) and NCCL (GPU).
 
+Every message of one update, W ranks, B samples of a rank, G = W B, D embedding size, P backbone parameters, R running
+statistics, k micro-batches. Bytes are what a rank contributes; what a ring sends is (W - 1) / W of the result for a
+gather or a scatter, twice that for a reduction.
+
+    when                   what                               call                   bytes             among
+    fetch, one update      flags (failed, stopping, saving),  gather_host            8 (4 + k B)       hosts (gloo)
+    ahead                  labels
+    forward, k times       embeddings                         all_gather_rows        4 B D             devices
+                           target logits                      all_reduce_sum         4 G               devices
+                           largest logits                     all_reduce_max         4 G               devices
+                           sums of exponentials               all_reduce_sum         4 G               devices
+    backward, k times      gradients of the embeddings        reduce_scatter_rows    4 G (D + 1)       devices
+    last backward          gradients of the backbone          DataParallel, or       4 P               devices
+                                                              average_gradients
+    report                 loss, squared norm, finiteness     sum_figures            24                devices
+    after the step         running statistics                 all_reduce_sum         4 R               devices
+    on a logged line       cosines to own, nearest class      all_reduce_sum, _max   8 G               devices
+    on a spike or a skip   keys of the records                all_gather_object      8 B k             hosts
+
+gloo has no reduce_scatter: on CPU the gradients of the embeddings are summed whole and cut. Flags are numbers in the
+first message: a rank that failed, was signalled or could not save says so there, and all learn of it before a
+collective of the update; whether to skip comes out of the report, the same bits on all ranks.
+
 Every function is an identity (or a plain local computation) in a single process, so callers need no ``if``.
 Nothing here is differentiable: the head computes its gradients in closed form and calls these inside its own backward.
 All ranks must enter each call, in the same order.

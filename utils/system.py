@@ -120,6 +120,18 @@ def on_cpu() -> bool:
     return paddle.get_device() == "cpu"
 
 
+def choose_convolutions(deterministic: bool) -> None:
+    """On a GPU: the fastest algorithm of each convolution, found by trying; or only those that repeat bit for bit.
+
+    Which one is found fastest may differ between two runs, and some add in any order.
+    """
+    import paddle
+
+    if paddle.get_device().startswith("gpu"):
+        flags = {"FLAGS_cudnn_deterministic": deterministic, "FLAGS_cudnn_exhaustive_search": not deterministic}
+        paddle.set_flags(flags)
+
+
 def upload(array):
     """One copy of a numpy array in the memory of Paddle's current device, as a tensor.
 

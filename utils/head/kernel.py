@@ -22,7 +22,7 @@ def build_kernel(
         raise UserError(f"backend: {backend!r} is not one of auto, paddle, numpy")
     if backend == "numpy" and not on_cpu:
         raise UserError(f"backend: 'numpy' works on CPU, the device is {paddle.get_device()}")
-    if on_cpu and matmul_dtype != "fp32":
+    if on_cpu and matmul_dtype not in ("fp32", "tf32"):  # tf32 allows what a CPU need not make use of
         raise UserError(f"matmul_dtype: {matmul_dtype!r} needs a GPU; on CPU use 'fp32'")
     if backend == "numpy" or (backend == "auto" and on_cpu):
         return NumpyKernel(num_threads or threads_of_rank(world_size), chunk_rows or 4096)

@@ -227,7 +227,7 @@ def find_checkpoint(run_dir: str | Path, resume: str, warn=print) -> Path | None
     Args:
         resume: ``auto`` (the newest undamaged one, None if there is none), ``latest`` (the same, but there must be one)
             or the path of a checkpoint folder or of another run's folder.
-        warn: told about each damaged checkpoint that is passed over.
+        warn: called with a line for each damaged checkpoint that is passed over.
 
     Raises:
         UserError: nothing usable where something must be.

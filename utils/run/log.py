@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is told about training, averaged since the last line where it is a rate or a share."""
+    """What is logged about training, averaged since the last line where it is a rate or a share."""
 
     step: int
     epoch: float

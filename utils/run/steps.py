@@ -46,7 +46,9 @@ class Feed:
         return batches
 
     def ahead(self) -> None:
-        """Have the batches of the update after the present one ready."""
+        """Have the batches of the update after the present one ready, if there is to be one."""
+        if self._run.schedule_step >= self._run.schedule.total_steps:
+            return
         try:
             self._ready = self._pull(ahead=True)
         except (UserError, OSError) as error:

@@ -70,7 +70,7 @@ class Watchdog:
         self._step, self._moved = step, time.monotonic()
 
     def stop(self) -> None:
-        """Clean end: the others are told not to miss this rank."""
+        """Clean end: the other ranks will not miss this one."""
         if self._thread.is_alive():
             self._finished.set()
             self._thread.join()
