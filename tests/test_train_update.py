@@ -13,6 +13,7 @@ from backbones import build_backbone
 from backbones.layers import FrozenScaleNorm
 from config import load_config
 from utils.errors import UserError
+from utils.model.precision import LossScaler
 from utils.model.replica import _synchronise_norms
 from utils.run.checkpoint import list_checkpoints
 
@@ -105,8 +106,6 @@ def test_learning_rate_scales_of_backbone_and_head(tmp_path):
 
 def test_loss_scale_cancels_and_a_skip_changes_nothing(tmp_path):
     """The scale is a power of two: scaled and unscaled updates agree; an infinite gradient is skipped, scale halved."""
-    from utils.model.precision import LossScaler
-
     plain, scaled = build(tmp_path), build(tmp_path, name="scaled")
     scaled.scaler = LossScaler("fp16", 1024.0)
     batch = take(plain, 1)
@@ -122,6 +121,54 @@ def test_loss_scale_cancels_and_a_skip_changes_nothing(tmp_path):
     for name, value in scaled.optimizer.state().items():
         np.testing.assert_array_equal(value, velocity[name])
     assert scaled.scaler.scale == 1.5e38 and scaled.scaler.skips == 1
+
+
+def test_squares_that_leave_float32_are_skipped(tmp_path):
+    """Finite scaled gradients whose squares are not: seen, skipped, nothing moved; a smaller scale goes on."""
+    run = build(tmp_path, "run.ema=0.9")
+    run.scaler = LossScaler("fp16", 2.0**75)
+    batch = take(run, 1)
+    finite, clear = [], run.optimizer.clear_grad
+
+    def look():
+        finite.append(all(np.isfinite(grad.numpy()).all() for grad in run.optimizer.gradients()))
+        clear()
+
+    run.optimizer.clear_grad = look
+    before, centres = weights(run), run.head.row_state()
+    done = train.update(run, batch, 0.05)
+    assert finite == [True] and done.skipped and not np.isfinite(done.grad_norm) and np.isfinite(done.loss)
+    assert run.scaler.scale == 2.0**74 and run.head.num_updates == 1 and run.ema.num_updates == 0
+    for name, value in weights(run).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    for name, value in run.head.row_state().items():
+        np.testing.assert_array_equal(value, centres[name], err_msg=name)
+    run.scaler.scale = 2.0**10
+    assert not train.update(run, batch, 0.05).skipped
+
+
+def test_a_bad_record_ahead_does_not_cost_the_update_before(tmp_path):
+    """The next update's batches are fetched during the present one: what is wrong with them waits for its end."""
+    run = build(tmp_path, "checkpoint.every_steps=1", "log.angles=false")
+    loader = run.loader
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(loader, name)
+
+        def __iter__(self):
+            iterator = iter(loader)
+            yield next(iterator)
+            yield next(iterator)
+            raise UserError("record 7 is cut short")
+
+    run.loader = Broken()
+    with pytest.raises(UserError, match="record 7"):
+        train.train(run)
+    assert run.progress.step == 2
+    run.writer.wait()
+    run.writer.finish(run.writer.failed)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000002", "step_00000001"]
 
 
 def test_skips_in_a_row_end_the_run_with_advice(tmp_path):
