@@ -5,18 +5,20 @@
 
 All contestants read the same file of 112x112 JPEGs (made for the run at mxnet's default quality, 9 KB on average) with
 the same number of threads or workers, in a random order, and take turns, so that a slow minute of the machine hits all
-of them. ``ratio`` above 1 means that ours is faster; beside the bare decoder (encoded bytes in memory, pixels thrown
-away) 1 is the ceiling.
+of them. The tar shards of ``reader/wds`` hold the same images. ``ratio`` above 1 means that ours is faster; beside the
+bare decoder (encoded bytes in memory, pixels thrown away) 1 is the ceiling.
 mxnet runs in an environment of its own (``make .venv-mxnet``); without it its case is left out, with a warning.
 """
 
 import argparse
+import io
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -77,6 +79,35 @@ def make_records(folder: Path, count: int) -> None:
         image = np.clip(image + noise, 0, 255).astype(np.uint8)
         writer.write_idx(key, recordio.pack_img(recordio.IRHeader(0, key % 100, key, 0), image, quality=95))
     writer.close()
+
+
+def make_shards(folder: Path, source: object, per_shard: int = 1000) -> None:
+    """The images of a source as tar shards, ``<key>.jpg`` and ``<key>.cls``."""
+    for start in range(0, len(source), per_shard):
+        with tarfile.open(folder / f"train-{start // per_shard:04d}.tar", "w") as archive:
+            for i in range(start, min(start + per_shard, len(source))):
+                encoded, label = source.fetch(i)
+                for suffix, data in (("jpg", bytes(encoded)), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{i:08d}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+
+
+def index_of_shards(folder: Path, copies: int = 20) -> dict:
+    """Members a second of the index of tar shards (files in the page cache), beside Python's ``tarfile``."""
+    from utils.data.shards import index_shard
+
+    shards = sorted(folder.glob("*.tar"))
+    started = time.perf_counter()
+    members = 2 * sum(len(index_shard(path)[0]) for _ in range(copies) for path in shards)
+    ours = members / (time.perf_counter() - started)
+    started = time.perf_counter()
+    theirs = 0
+    for path in shards:
+        with tarfile.open(path) as archive:
+            theirs += len(archive.getmembers())
+    peer = theirs / (time.perf_counter() - started)
+    return case("reader/wds_index", "members_s", [ours], [peer], "tarfile.getmembers, labels not read")
 
 
 def bare_decode(source: object, threads: int) -> Callable[[int], float]:
@@ -227,15 +258,17 @@ def case(
 
 def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     """All contestants in turn, ``args.runs`` rounds."""
-    from dataset import FaceRecordDataset
+    from dataset import FaceRecordDataset, ShardDataset
 
     make_records(folder, args.images)
     source = FaceRecordDataset(folder)
     size = (folder / "train.rec").stat().st_size / args.images / 1024
     print(f"{args.images} records of {size:.1f} KiB, {args.threads} threads, batches of {args.batch_size}", flush=True)
+    make_shards(folder, source)
     contestants = {
         "decode": bare_decode(source, args.threads),
         "ours": our_loader(source, args.threads, args.batch_size, normalize=False),
+        "wds": our_loader(ShardDataset(folder), args.threads, args.batch_size, normalize=False),
         "dataloader": paddle_loader(source, 2, args.batch_size, normalize=False),
         "dataloader_plain": paddle_loader(PlainSource(folder), 2, args.batch_size, normalize=False),
         "ours_float": our_loader(source, args.threads, args.batch_size, normalize=True),
@@ -257,6 +290,8 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     fetch = "reader/fetch_decode"
     return [
         case(fetch, "vs_decode_limit", rates["ours"], rates["decode"], "simplejpeg, bytes in memory"),
+        case("reader/wds", "vs_rec", rates["wds"], rates["ours"], "our record reader, same images, same order"),
+        index_of_shards(folder),
         case(fetch, "vs_mxnet", rates["ours"], rates.get("mxnet"), "mxnet 1.9.1 read_idx + imdecode"),
         case(
             fetch,

@@ -4,6 +4,7 @@ Headers of ustar, GNU (long names) and pax are read here: an archive is walked o
 checksum is held against its bytes. Python's ``tarfile`` makes an object of each member, which takes ten times as long.
 """
 
+import functools
 import glob
 import itertools
 import json
@@ -297,7 +298,13 @@ _WHOLE = re.compile(r"[+-]?\d{1,100}")
 
 
 def _is_hidden_path(name: str) -> bool:
-    return any(is_hidden(part) for part in name.split("/"))
+    folder, _, base = name.rpartition("/")
+    return is_hidden(base) or _is_hidden_folder(folder)
+
+
+@functools.lru_cache(1 << 12)
+def _is_hidden_folder(folder: str) -> bool:
+    return folder != "" and _is_hidden_path(folder)
 
 
 def _read_label(data: bytes, suffix: str) -> int | None:
