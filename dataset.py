@@ -109,7 +109,7 @@ class FaceRecordDataset(Source):
     def read_labels(self, samples: np.ndarray | None = None) -> np.ndarray:
         """Labels of some images, or of all, int64, from the first bytes of their records.
 
-        Those of all images of a large set (a read of each: 5.8 million take a minute) are kept in
+        Those of all images of a large set (a read of each, which a cold disk takes long for) are kept in
         ``.<name>.labels`` beside the records, or in the user's cache.
         """
         if samples is not None or len(self) <= EXACT:

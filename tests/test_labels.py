@@ -11,7 +11,7 @@ from dataset import FaceRecordDataset, build_source, build_train_loader, check_l
 from mxnet_reader import recordio
 from tools.rec import commands as rec_tool
 from utils.data import labels as labels_module
-from utils.data.labels import Relabelled
+from utils.data.labels import Relabelled, copy_identities
 from utils.errors import UserError
 
 
@@ -191,10 +191,31 @@ def test_property_with_a_mark(tmp_path):
     assert FaceRecordDataset(tmp_path / "a").num_classes == 2
 
 
-def test_mapping_is_stored(tmp_path):
+def test_mapping_is_stored_and_goes_along(tmp_path):
     source = build_source("list", list_file=make_list(tmp_path, [70, 5, 70]), relabel=True)
-    save_identities(tmp_path, source)
-    assert json.loads((tmp_path / "labels.json").read_text()) == {"identities": [5, 70]}
+    run, out = tmp_path / "run", tmp_path / "out"
+    (run / "checkpoints" / "step_1").mkdir(parents=True)
+    out.mkdir()
+    assert copy_identities(run, out) is None  # no run
+    (run / "config.yaml").write_text("{}")
+    assert copy_identities(run, out) is None  # nothing renumbered
+    save_identities(run, source)
+    for model in (run, run / "backbone.pdparams", run / "checkpoints" / "step_1" / "head.safetensors"):
+        assert copy_identities(model, out) == out / "labels.json"
+        assert json.loads((out / "labels.json").read_text()) == {"identities": [5, 70]}
+        (out / "labels.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"), (b"<!DOCTYPE html><html>", "HTML page"),
+     (b"\x1f\x8b\x08\x00", "gzip"), (b"", "no image bytes"), (jpeg(3)[:-30], "damaged JPEG")],
+)  # fmt: skip
+def test_files_that_are_no_images_are_named(tmp_path, data, said):
+    path = make_list(tmp_path, [0, 1])
+    (tmp_path / "1.jpg").write_bytes(data)
+    with pytest.raises(UserError, match=rf"1\.jpg: .*{said}"):
+        build_source("list", list_file=path)[1]
 
 
 def run(*arguments):

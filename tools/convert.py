@@ -34,6 +34,7 @@ from backbones import build_backbone
 from backbones.guess import guess_network
 from eval.embed import chosen_options, model_options
 from tools.numpy_forward import reference_embedding
+from utils.data.labels import copy_identities
 from utils.errors import UserError, one_line_errors
 from utils.files import write_text
 from utils.weights.head_files import SHARDS, read_head
@@ -211,6 +212,8 @@ def convert(source: Source, output: Path, network: str | None, tolerance: float)
         for file in sorted(aside.iterdir()):
             file.replace(target / file.name)
             print(f"wrote {target / file.name}")
+        if as_folder and (labels := copy_identities(source.path, target)):
+            print(f"wrote {labels}")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -24,6 +24,7 @@ from eval.embed import load_backbone
 from eval.engines import OPSET, DynamicEngine, OnnxEngine, PredictorEngine, save_inference_model, save_onnx
 from eval.options import add_device_option
 from utils import distributed
+from utils.data.labels import copy_identities
 from utils.errors import UserError, one_line_errors
 from utils.system import threads_of_rank
 
@@ -123,6 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     for ending in _ENDINGS:
         if (file := args.output / f"{args.name}{ending}").is_file():
             print(f"wrote {file}")
+    if labels := copy_identities(args.model, args.output):
+        print(f"wrote {labels}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import zlib
 import cv2
 import numpy as np
 
+from utils.files import describe_bytes
+
 try:
     import simplejpeg
 except ImportError:  # pragma: no cover - tested by setting the name to None
@@ -54,7 +56,9 @@ def decode_image(encoded: bytes | memoryview, out: np.ndarray | None = None) -> 
     except cv2.error as error:
         raise DecodeError(f"OpenCV cannot decode {len(encoded)} bytes: {error.err}") from error
     if image is None:
-        raise DecodeError(f"{len(encoded)} bytes starting with {encoded[:4].hex() or 'nothing'} are not a known image")
+        start = encoded[:4].hex() or "nothing"
+        kind = describe_bytes(encoded[:1024])
+        raise DecodeError(f"{len(encoded)} bytes starting with {start} are not a known image: {kind}")
     if out is not None and out.shape == image.shape:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

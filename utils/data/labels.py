@@ -10,7 +10,7 @@ import numpy as np
 
 from utils.data.source import DerivedSource, Source
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import write_json, write_text
 
 LABELS_NAME = "labels.json"
 EXACT = 1 << 16  # of so many samples all labels are read; of more, where that costs a read each, a part
@@ -136,3 +136,21 @@ def load_identities(folder: str | Path, num_classes: int | None) -> list | None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged, a list of 'identities' was expected; remove it") from None
     return identities if isinstance(identities, list) and len(identities) == num_classes else None
+
+
+def copy_identities(model: str | Path, folder: str | Path) -> Path | None:
+    """Take ``labels.json`` of the run that a model (run, weights or checkpoint file) belongs to along to a folder.
+
+    Returns:
+        What was written, or None where the run has none.
+    """
+    model = Path(model).resolve()
+    for place in (model, *model.parents[:3]):  # a checkpoint's files lie three folders deep in the run
+        if (place / "config.yaml").is_file():
+            found, copy = place / LABELS_NAME, Path(folder).resolve() / LABELS_NAME
+            if not found.is_file():
+                return None
+            if found != copy:
+                write_text(copy, found.read_text(encoding="utf-8"))
+            return copy
+    return None
