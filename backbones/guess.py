@@ -4,15 +4,7 @@ import re
 
 import numpy as np
 
-DEPTHS = {
-    (2, 2, 2, 2): "iresnet18",
-    (3, 4, 6, 3): "iresnet34",
-    (3, 4, 14, 3): "iresnet50",
-    (3, 13, 30, 3): "iresnet100",
-    (6, 26, 60, 6): "iresnet200",
-}
-
-VIT = {(12, 256): "vit_t", (12, 512): "vit_s", (24, 512): "vit_b", (24, 768): "vit_l"}  # (depth, width)
+from backbones import iresnet, mobilefacenet, vit
 
 
 def guess_network(state: dict[str, np.ndarray], from_torch: bool) -> dict | None:
@@ -40,7 +32,7 @@ def _iresnet(state: dict[str, np.ndarray], from_torch: bool) -> dict | None:
     for stage in range(1, 5):
         found = {int(match[1]) for name in state if (match := re.match(rf"layer{stage}\.(\d+)\.", name))}
         depths.append(len(found))
-    network = DEPTHS.get(tuple(depths))
+    network = {found: name for name, found in iresnet.DEPTHS.items()}.get(tuple(depths))
     if network is None:
         return None
     width = state["conv1.weight"].shape[0]
@@ -48,24 +40,32 @@ def _iresnet(state: dict[str, np.ndarray], from_torch: bool) -> dict | None:
     return {"network": network, "embedding_size": outputs, **_sized(width, 64, inputs, 8 * width)}
 
 
-def _mobilefacenet(state: dict[str, np.ndarray], from_torch: bool) -> dict:
+def _mobilefacenet(state: dict[str, np.ndarray], from_torch: bool) -> dict | None:
     width = state["layers.0.layers.0.weight"].shape[0]
-    large = "layers.1.layers.0.layers.0.layers.0.weight" in state
-    outputs, _ = _linear_shape(state["features.layers.2.weight"], from_torch)
-    side = state["features.layers.0.layers.0.weight"].shape[-1]
-    options = {"network": "mobilefacenet_large" if large else "mobilefacenet", "embedding_size": outputs}
-    return {**options, **_sized(width, 256 if large else 128, side * side, 1)}
+    ratio = state["layers.2.layers.0.layers.0.weight"].shape[0] / width
+    depths = tuple(
+        len({name.split(".")[3] for name in state if re.match(rf"layers\.{stage}\.layers\.\d+\.layers\.", name)}) or 1
+        for stage in (1, 3, 5, 7)
+    )
+    for network, setting in mobilefacenet.SETTINGS.items():
+        if (depths, ratio) == (setting["depths"], setting["hidden_ratio"]):
+            outputs, _ = _linear_shape(state["features.layers.2.weight"], from_torch)
+            side = state["features.layers.0.layers.0.weight"].shape[-1]
+            options = {"network": network, "embedding_size": outputs}
+            return {**options, **_sized(width, setting["width"], side * side, 1)}
+    return None
 
 
 def _vit(state: dict[str, np.ndarray], from_torch: bool) -> dict | None:
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     _, num_tokens, width = state["pos_embed"].shape
-    network = VIT.get((depth, width)) or next((name for (blocks, _), name in VIT.items() if blocks == depth), None)
+    fitting = [name for name, setting in vit.SETTINGS.items() if setting["depth"] == depth]
+    network = next((name for name in fitting if vit.SETTINGS[name]["width"] == width), fitting[0] if fitting else None)
     if network is None:
         return None
     options = {"network": network, "embedding_size": _linear_shape(state["feature.2.weight"], from_torch)[0]}
     side = round(num_tokens**0.5)
-    options |= {} if (depth, width) in VIT else {"width": width}
+    options |= {} if width == vit.SETTINGS[network]["width"] else {"width": width}
     return options if side == 12 else {**options, "input_size": 9 * side}
 
 

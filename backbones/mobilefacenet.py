@@ -1,4 +1,5 @@
-"""MobileFaceNet (Chen et al. 2018) in the two sizes of the PyTorch reference: ``mbf`` (0.45 GFLOP) and ``mbf_large``.
+"""MobileFaceNet (Chen et al. 2018) at the scales 1, 2 and 4 of insightface: ``mobilefacenet_small`` (depthwise first
+stage), ``mbf`` (0.45 GFLOP) and ``mbf_large``. Channels inside the bottlenecks are the same at every scale.
 
 Built of bottlenecks conv1x1-BN-PReLU, depthwise conv3x3-BN-PReLU, conv1x1-BN, and a global depthwise convolution in
 place of the average pool. Layer names follow the public checkpoints (``layers.0.layers.0`` ...).
@@ -100,8 +101,8 @@ class MobileFaceNet(nn.Layer):
 
     Args:
         depths: blocks of the four stages; a first stage of one block is a grouped convolution instead.
-        width: channels of the stem (128 for ``mbf``, 256 for ``mbf_large``); everything else scales with it.
-        hidden_ratio: channels inside the first bottlenecks relative to ``width`` (1 or 0.5).
+        width: channels of the stem (64, 128, 256); everything else scales with it.
+        hidden_ratio: channels inside the first bottlenecks relative to ``width`` (2, 1, 0.5).
         embedding_size: D.
         dropout: probability of dropping a value before the embedding head.
         input_size: height and width of the images in pixels.
@@ -125,7 +126,7 @@ class MobileFaceNet(nn.Layer):
         hidden = int(width * hidden_ratio)
         final = hidden * 4
         if depths[0] == 1:
-            first = ConvBN(width, width, 3, groups=width // 2, data_format=data_format)
+            first = ConvBN(width, width, 3, groups=hidden // 2, data_format=data_format)
         else:
             first = Residual(width, depths[0], hidden, data_format)
         self.layers = nn.LayerList(
@@ -155,6 +156,7 @@ class MobileFaceNet(nn.Layer):
 
 
 SETTINGS = {
+    "mobilefacenet_small": {"depths": (1, 4, 6, 2), "hidden_ratio": 2.0, "width": 64},
     "mobilefacenet": {"depths": (1, 4, 6, 2), "hidden_ratio": 1.0, "width": 128},
     "mobilefacenet_large": {"depths": (2, 8, 12, 4), "hidden_ratio": 0.5, "width": 256},
 }

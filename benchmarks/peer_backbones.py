@@ -105,7 +105,7 @@ class MobileFaceNet(nn.Module):
     def __init__(self, depths=(1, 4, 6, 2), hidden_ratio=1.0, width=128, embedding_size=512):
         super().__init__()
         hidden = int(width * hidden_ratio)
-        grouped = _ConvBN(width, width, 3, 1, 1, width // 2)
+        grouped = _ConvBN(width, width, 3, 1, 1, hidden // 2)
         self.layers = nn.ModuleList(
             [
                 _ConvBN(3, width, 3, 2, 1),

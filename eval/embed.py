@@ -29,7 +29,7 @@ from utils.photos.faces import align_largest, read_image
 from utils.photos.photo import read_photo
 from utils.system import threads_of_rank
 from utils.weights.onnx_walk import read_onnx
-from utils.weights.states import TORCH, is_torch_spelling, load_state, read_state
+from utils.weights.states import is_torch_file, is_torch_spelling, load_state, read_state
 
 __all__ = ["BUILDERS", "ENGINES", "PRECISIONS", "RUN_FILES", "Embedder", "infer", "load_backbone", "load_embedder"]
 
@@ -246,7 +246,7 @@ def load_backbone(model: str | Path, network: str | None = None, which: str = "l
         state, from_torch = read_onnx(path), True
     else:
         state = read_state(path)
-        from_torch = is_torch_spelling(state) or path.suffix in TORCH
+        from_torch = is_torch_spelling(state) or is_torch_file(path)
     told = model_options(path.parent) or guess_network(state, from_torch)
     options = chosen_options(told, network, path)
     layer = build_backbone(options.pop("network"), **options)

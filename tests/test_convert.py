@@ -25,14 +25,20 @@ from tools.numpy_forward import reference_embedding
 from utils.errors import UserError
 from utils.weights.head_files import read_head
 from utils.weights.onnx_walk import read_onnx
-from utils.weights.states import load_state, read_state, save_pdparams
+from utils.weights.states import is_torch_file, load_state, read_state, save_pdparams
 from utils.weights.torch_pickle import load_torch, save_torch
 
-SMALL_PEERS = ("iresnet18", "mobilefacenet", pytest.param("mobilefacenet_large", marks=pytest.mark.slow))
+SMALL_PEERS = (
+    "iresnet18",
+    "mobilefacenet",
+    "mobilefacenet_small",
+    pytest.param("mobilefacenet_large", marks=pytest.mark.slow),
+)
 PEERS = {
     "iresnet18": lambda: IResNet((2, 2, 2, 2), 8, 32),
     "iresnet34": lambda: IResNet((3, 4, 6, 3), 8, 32),
     "mobilefacenet": lambda: MobileFaceNet((1, 4, 6, 2), 1.0, 16, 32),
+    "mobilefacenet_small": lambda: MobileFaceNet((1, 4, 6, 2), 2.0, 8, 32),
     "mobilefacenet_large": lambda: MobileFaceNet((2, 8, 12, 4), 0.5, 16, 32),
 }
 CENTRES = np.random.default_rng(5).normal(size=(11, 32)).astype(np.float32)
@@ -265,6 +271,43 @@ def test_from_pytorch_and_back(tmp_path, capsys, network):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pt", "run", "source.pth"]
 
 
+WRAPPED = {
+    "features.module.": lambda state: state,
+    "backbone.module.": lambda state: {"state_dict": state},
+    "model.": lambda state: {"epoch": 3, "model": state},
+    "_orig_mod.module.": lambda state: {"net": {"state_dict": state}},
+    "module.model._orig_mod.backbone.": lambda state: {"state_dict": state, "optimizer": {"state": {}, "lr": 0.1}},
+    "": lambda state: {"model_state_dict": state},
+}
+
+
+@pytest.mark.parametrize("prefix", WRAPPED)
+@pytest.mark.parametrize("name", ["a.pth.tar", "a.ckpt", "a.pt", "a.pdparams", "weights"])
+def test_wrapped_names_and_other_suffixes(tmp_path, capsys, peer, prefix, name):
+    """Told by content: names of wrappers are taken off, a head beside the backbone is passed over and named."""
+    state = {prefix + key: value for key, value in peer.state_dict().items()}
+    if prefix:
+        state["fc_of_classes.weight"] = torch.zeros(7, 32)
+    torch.save(WRAPPED[prefix](state), tmp_path / name)
+    found = read_state(tmp_path / name)
+    assert list(found) == list(peer.state_dict())
+    assert is_torch_file(tmp_path / name)
+    assert ("fc_of_classes.weight" in capsys.readouterr().err) == bool(prefix)
+    np.testing.assert_array_equal(found["fc.weight"], peer.state_dict()["fc.weight"].numpy())
+
+
+def test_what_a_weights_file_really_is(tmp_path, capsys):
+    for name in ("a.pth", "a.pdparams", "a.pth.tar", "a.ckpt"):
+        for data, told in (
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-LFS pointer"),
+            (b"<!DOCTYPE html><html></html>", "HTML page"),
+            (b"\x1f\x8b\x08\x00" + bytes(20), "gzip data; unpack it first"),
+            (b"", "empty file"),
+        ):
+            (tmp_path / name).write_bytes(data)
+            assert told in run_failing(capsys, tmp_path / name, tmp_path / "o.pdparams"), (name, told)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("depths", [(2, 2, 2, 2), (3, 4, 14, 3), (3, 13, 30, 3)])
 def test_full_size_from_pytorch_and_back(tmp_path, capsys, depths):
@@ -420,6 +463,32 @@ def test_the_ancestors_folder(tmp_path, capsys):
     np.testing.assert_array_equal(torch.load(tmp_path / "centres.pt", weights_only=True)["weight"].numpy(), CENTRES)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_initial_weights_from_a_run_its_checkpoint_and_onnx(tmp_path, peer):
+    """init.backbone and init.head take a run folder, a checkpoint in it, and (backbone) an ONNX file."""
+    from losses import build_margin
+    from partial_fc import PartialFC
+    from utils.run.checkpoint import CheckpointWriter, Snapshot
+    from utils.weights.initial import load_initial
+
+    trained = trained_like("iresnet18", width=8, embedding_size=32)
+    writer = CheckpointWriter(tmp_path / "run", asynchronous=False)
+    rows, shared = {"weight": CENTRES}, {"backbone": state_of(trained)}
+    writer.start(Snapshot(step=3, rows=rows, row_start=0, table={}, shared=shared, meta={}))
+    checkpoint = writer.finish(False)
+    for place in (tmp_path / "run", checkpoint):
+        layer = build_backbone("iresnet18", width=8, embedding_size=32)
+        head = PartialFC(11, 32, build_margin("arcface"))
+        load_initial(layer, head, str(place), str(place), freeze=())
+        np.testing.assert_array_equal(head.weight.numpy(), CENTRES)
+        for name, value in state_of(trained).items():
+            np.testing.assert_array_equal(state_of(layer)[name], value)
+    export_onnx(peer, tmp_path / "a.onnx")
+    load_initial(layer, head, str(tmp_path / "a.onnx"), None, freeze=())
+    layer.eval()
+    close_float32(DynamicEngine(layer).run(batch()), embed_torch(peer, batch()))
+
+
 # --- ONNX, names lost
 
 
@@ -443,6 +512,61 @@ def test_onnx_by_walking_the_graph(tmp_path, capsys, network):
     state = read_onnx(tmp_path / "a.onnx")
     wanted = {name for name in net.state_dict() if not name.endswith("num_batches_tracked")}
     assert set(state) == wanted and guess_network(state, True)["network"] == network
+
+
+def with_pointwise_end(net, bias):
+    """The twin with a 1x1 convolution in place of its last linear layer, as some exports have it."""
+    linear = next(part for part in net.features.modules() if isinstance(part, torch.nn.Linear))
+    norm = next(part for part in net.features.modules() if isinstance(part, torch.nn.BatchNorm1d))
+    depthwise = next(iter(net.features.layers))
+    pointwise = torch.nn.Conv2d(linear.in_features, linear.out_features, 1, bias=bias)
+    pointwise.weight.data = linear.weight.data[:, :, None, None].clone()
+    if bias:
+        torch.nn.init.normal_(pointwise.bias)
+    after = torch.nn.BatchNorm2d(norm.num_features)
+    after.load_state_dict(norm.state_dict())
+    net.features = torch.nn.Sequential(depthwise, pointwise, after, torch.nn.Flatten())
+    return net.eval()
+
+
+class Linear(torch.nn.Module):
+    """A first stage without its activation."""
+
+    def __init__(self, stage):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*list(stage.layers)[:2])
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("first", ["depthwise", "linear", "kept norms"])
+def test_onnx_of_a_small_mobilefacenet_that_ends_in_a_pointwise_convolution(tmp_path, bias, first):
+    net = with_pointwise_end(randomise(PEERS["mobilefacenet_small"](), num_images=4), bias)
+    if first == "linear":
+        net.layers[1] = Linear(net.layers[1])
+    kept = {"training": torch.onnx.TrainingMode.PRESERVE, "do_constant_folding": False} if first == "kept norms" else {}
+    export_onnx(net, tmp_path / "a.onnx", **kept)
+    expected = OnnxEngine(tmp_path / "a.onnx").run(batch())
+    state = read_onnx(tmp_path / "a.onnx")
+    told = guess_network(state, True)
+    assert told == {"network": "mobilefacenet_small", "embedding_size": 32, "width": 8}
+    layer = build_backbone("mobilefacenet_small", embedding_size=32, width=8)
+    load_state(layer, state, "a.onnx", from_torch=True)
+    layer.eval()
+    found = DynamicEngine(layer).run(batch())
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, abs(expected).max()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_first_stage_is_refused_by_node(tmp_path, capsys):
+    net = PEERS["mobilefacenet_small"]().eval()
+    net.layers[1].layers[0] = torch.nn.Conv2d(8, 8, 3, 1, 1, groups=2, bias=False)
+    export_onnx(net, tmp_path / "a.onnx")
+    told = run_failing(capsys, tmp_path / "a.onnx", tmp_path / "o.pdparams")
+    assert "of shape [8, 4, 3, 3] as the first stage" in told and "Conv" in told
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -489,6 +613,6 @@ def test_onnx_of_something_else_is_refused(tmp_path, capsys):
 
 def test_engine_of_an_onnx_file_names_what_it_cannot_take(tmp_path):
     (tmp_path / "b.onnx").write_bytes(b"\x00no protobuf at all")
-    with pytest.raises(UserError, match="engine 'onnx' cannot run here"):
+    with pytest.raises(UserError, match="not an ONNX file that can be read"):
         load_embedder(tmp_path / "b.onnx")
     assert OnnxEngine.name == "onnx"

@@ -3,7 +3,7 @@
     python tools/convert.py backbone.pth backbone.pdparams                    # PyTorch -> Paddle
     python tools/convert.py w600k_r50.onnx backbone.safetensors               # insightface ONNX, batch norms folded
     python tools/convert.py run/checkpoint_gpu_0.pt work_dirs/converted/      # backbone, class centres of all ranks
-    python tools/convert.py emore_arcface/ work_dirs/converted/               # the Paddle ancestor's output folder
+    python tools/convert.py emore_arcface/ work_dirs/converted/               # arcface-Paddle's output folder
     python tools/convert.py "run/rank:0_softmax_weight.pkl" head.safetensors  # class centres alone
     python tools/convert.py work_dirs/run model.pt                            # ours -> what the PyTorch one loads
 
@@ -38,7 +38,15 @@ from utils.data.labels import copy_identities
 from utils.errors import UserError, one_line_errors
 from utils.files import write_text
 from utils.weights.head_files import SHARDS, read_head
-from utils.weights.states import TORCH, is_torch_spelling, load_state, read_state, save_pdparams, torch_spelling
+from utils.weights.states import (
+    TORCH,
+    is_torch_file,
+    is_torch_spelling,
+    load_state,
+    read_state,
+    save_pdparams,
+    torch_spelling,
+)
 from utils.weights.torch_pickle import save_torch
 
 BATCH, SEED = 2, 2021
@@ -86,7 +94,7 @@ def open_source(path: Path) -> Source:
     if _is_head(path):
         return Source(path, None, False, None, read_head(path))
     state = read_state(path)
-    from_torch = is_torch_spelling(state) or path.suffix.lower() in TORCH
+    from_torch = is_torch_spelling(state) or is_torch_file(path)
     options = model_options(path.parent) or guess_network(state, from_torch)
     head = read_head(path) if SHARDS[0].search(path.name) else None
     return Source(path, state, from_torch, options, head)

@@ -1,6 +1,6 @@
 """Class centres on disk, in one file or in one shard a rank, to one array [C, D].
 
-Shards are contiguous rows in rank order, as the PyTorch reference, the Paddle ancestor and we cut them:
+Shards are contiguous rows in rank order, as the PyTorch reference, the arcface-Paddle and we cut them:
 ``C // W + (rank < C % W)`` rows each.
 
 Legend: C classes, D embedding size, W ranks.
@@ -26,7 +26,8 @@ def read_head(path: str | Path) -> dict[str, np.ndarray]:
 
     Args:
         path: one file (``.safetensors``, ``.npy``, ``.pkl``, ``.pt``), any one shard of several (the others are found
-            beside it), a folder of shards, a checkpoint of ours, or a folder with ``head.safetensors``.
+            beside it), a folder of shards, a run of ours or one of its
+            checkpoints, or a folder with ``head.safetensors``.
 
     Raises:
         UserError: nothing there, a shard missing, or shapes that do not fit together.
@@ -36,6 +37,9 @@ def read_head(path: str | Path) -> dict[str, np.ndarray]:
         whole = path / "head.safetensors"
         if whole.is_file():
             return read_head(whole)
+        latest = path / "latest"
+        if latest.is_file():  # a run: its newest checkpoint
+            return read_head(path / "checkpoints" / latest.read_text(encoding="utf-8").strip())
         first = next((file for pattern in SHARDS for file in sorted(path.iterdir()) if pattern.search(file.name)), None)
         if first is None:
             raise UserError(f"{path}: no class centres there (head.safetensors, rank:0_softmax_weight.pkl, "
@@ -103,21 +107,12 @@ def _content(path: Path) -> dict[str, np.ndarray | None]:
             return {"weight": np.load(path, allow_pickle=False)}
         except ValueError as error:
             raise UserError(f"{path}: not an array of numbers ({error})") from None
-    if suffix == ".safetensors":
-        from utils.weights.states import read_safetensors
+    from utils.weights.states import read_content
 
-        arrays = read_safetensors(path)
-        rows = {key.partition("/")[2]: value for key, value in arrays.items() if key.startswith("rows/")}
-        return _pick(rows or arrays)
-    if suffix in (".pt", ".pth"):
-        from utils.weights.torch_pickle import load_torch
-
-        return _from_torch(path, load_torch(path))
-    if suffix in (".pkl", ".pdparams"):
-        from utils.weights.safe_pickle import load_weights_pickle
-
-        return _pick(load_weights_pickle(path))
-    raise UserError(f"{path}: class centres are read from .safetensors, .npy, .pkl, .pdparams or .pt")
+    content = read_content(path)
+    if isinstance(content, dict) and any(str(key).startswith("rows/") for key in content):  # a shard of ours
+        content = {key.partition("/")[2]: value for key, value in content.items() if key.startswith("rows/")}
+    return _from_torch(path, content)
 
 
 def _from_torch(path: Path, content: object) -> dict[str, np.ndarray | None]:

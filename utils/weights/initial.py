@@ -6,7 +6,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.weights.head_files import read_head
-from utils.weights.states import load_state, read_state
+from utils.weights.states import is_torch_file, is_torch_spelling, load_state, read_state
 
 
 def load_initial(
@@ -15,9 +15,9 @@ def load_initial(
     """Fill a new backbone and head from files, then freeze parameters; a note if ``optional`` files are not there.
 
     Args:
-        backbone_path: what ``utils.weights.states.read_state`` reads, or a run directory (its ``backbone.pdparams``).
+        backbone_path: what ``utils.weights.states.read_state`` reads, a run directory, or a checkpoint of one.
         head_path: class centres [C, D], anything ``utils.weights.head_files.read_head`` reads: one file, the shards of
-            several ranks, a checkpoint of ours, a folder that tools/convert.py made.
+            several ranks, a run directory (its newest checkpoint), a checkpoint, a folder that tools/convert.py made.
         freeze: leading parts of parameter names (``layer1`` means ``layer1`` and ``layer1.…``); whole layers among
             them run in evaluation mode, so their batch-norm statistics stay too.
 
@@ -27,10 +27,13 @@ def load_initial(
     missing = [path for path in (backbone_path, head_path) if optional and path is not None and not Path(path).exists()]
     if backbone_path is not None and backbone_path not in missing:
         path = Path(backbone_path)
-        path = path / "backbone.pdparams" if path.is_dir() else path
+        if path.is_dir():  # a run, or one of its checkpoints
+            names = ("backbone.pdparams", "backbone.safetensors")
+            path = next((path / name for name in names if (path / name).is_file()), path / names[0])
         if not path.is_file():
             raise UserError(f"init.backbone: {path}: no such file")
-        load_state(backbone, read_state(path), path)
+        state = read_state(path)
+        load_state(backbone, state, path, is_torch_spelling(state) or is_torch_file(path))
     if head_path is not None and head_path not in missing:
         _load_head(head, Path(head_path))
     for prefix in freeze:

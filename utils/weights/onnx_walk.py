@@ -199,10 +199,14 @@ def _prelu(graph: Graph, value: str, name: str, state: State) -> str:
 
 def _linear(graph: Graph, value: str, name: str, state: State, with_bias: bool) -> tuple[str, np.ndarray | None, int]:
     """Flatten and linear layer; returns (output, bias that has no layer to go to, outputs)."""
-    flatten = graph.peek(value, "Flatten", "Reshape", "Squeeze")
-    if flatten is not None:
-        graph.visited.add(id(flatten))
-        value = flatten.output[0]
+    if not with_bias and (node := graph.peek(value, "Conv")) is not None:  # 1x1 on one pixel
+        weight = graph.constant(node, 1)
+        if weight.shape[2:] != (1, 1) or graph.attributes(node).get("group", 1) != 1:
+            raise UserError(f"{graph.path}: Conv {node.name!r} of shape {list(weight.shape)} where 1x1 was expected")
+        graph.visited.add(id(node))
+        state[f"{name}.weight"] = np.ascontiguousarray(weight[:, :, 0, 0])
+        return node.output[0], graph.constant(node, 2) if len(node.input) > 2 else None, len(weight)
+    value = _flattened(graph, value)
     node = graph.take(value, "Gemm", "MatMul")
     weight, bias, value = graph.constant(node, 1), None, node.output[0]
     attributes = graph.attributes(node)
@@ -272,10 +276,17 @@ def _walk_mobilefacenet(graph: Graph, value: str, state: State) -> str:
         if graph.peek(value, "PRelu"):
             value = graph.take(value, "PRelu").output[0]
             continue
-        if graph.peek(value, "Flatten", "Reshape", "Squeeze", "Gemm", "MatMul"):
+        if graph.peek(value, "Flatten", "Reshape", "Squeeze", "Gemm", "MatMul") or _covers_the_map(graph, pending[-1]):
             break
+        if position == 0 and len(pending) == 2:  # a first stage without activation
+            pending = _first_stage(graph, pending, state)
+            position = 2
+            continue
         alone, bottleneck = pending[:-3], pending[-3:]
         pending = []
+        if position == 0 and len(alone) == 2:
+            alone = _first_stage(graph, alone, state)
+            position = 2
         add = graph.peek(value, "Add")
         if add is not None and bottleneck[0].input[0] not in add.input:
             add = None  # the sum at the end of the next bottleneck, which starts here
@@ -298,4 +309,37 @@ def _walk_mobilefacenet(graph: Graph, value: str, state: State) -> str:
     store(pending[0], "conv_sep")
     value = store(pending[1], "features.layers.0")
     value, bias, channels = _linear(graph, value, "features.layers.2", state, with_bias=False)
-    return _batch_norm(graph, value, "features.layers.3", state, bias, channels)
+    return _flattened(graph, _batch_norm(graph, _flattened(graph, value), "features.layers.3", state, bias, channels))
+
+
+def _covers_the_map(graph: Graph, node) -> bool:
+    """A depthwise convolution that leaves one pixel: no padding, where those before it have some."""
+    attributes, weight = graph.attributes(node), graph.constant(node, 1)
+    depthwise = attributes.get("group", 1) == len(weight) and weight.shape[1] == 1
+    return depthwise and weight.shape[-1] > 1 and not any(attributes.get("pads", [0]))
+
+
+def _first_stage(graph: Graph, nodes: list, state: State) -> list:
+    """Store stem and first stage: one or two channels a group; without an activation it gets one of slope 1."""
+    for number, node in enumerate(nodes):
+        name = f"layers.{number}"
+        after = _conv(graph, node, f"{name}.layers.0", f"{name}.layers.1", state)
+        if graph.peek(after, "PRelu"):
+            _prelu(graph, after, f"{name}.layers.2", state)
+        elif number == 1:
+            state[f"{name}.layers.2.weight"] = np.ones(len(state[f"{name}.layers.0.weight"]), np.float32)
+    shape = state["layers.1.layers.0.weight"].shape
+    if shape[1] not in (1, 2) or shape[2:] != (3, 3):
+        raise UserError(
+            f"{graph.path}: Conv {nodes[1].name!r} of shape {list(shape)} as the first stage of a MobileFaceNet; known "
+            "are 3x3 with one or two channels a group"
+        )
+    return []
+
+
+def _flattened(graph: Graph, value: str) -> str:
+    node = graph.peek(value, "Flatten", "Reshape", "Squeeze")
+    if node is None:
+        return value
+    graph.visited.add(id(node))
+    return node.output[0]

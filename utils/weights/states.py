@@ -1,4 +1,4 @@
-"""Weights on disk to named arrays, and arrays into a layer: strict, by name, never by position (traps 31 and 32).
+"""Weights on disk to named arrays, and arrays into a layer: strict, by name, never by position.
 
 A *state* is ``dict[str, np.ndarray]``. Two spellings exist: Paddle's (``bn1._mean``, linear weights [in, out]), which
 our files use, and PyTorch's (``bn1.running_mean``, ``num_batches_tracked``, linear weights [out, in]). Which tensors
@@ -6,7 +6,9 @@ are linear weights is asked of the layer, not guessed from shapes: a square matr
 """
 
 import json
+import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,57 +16,111 @@ import numpy as np
 from utils.errors import UserError
 from utils.files import written_whole
 
-PICKLED = (".pdparams", ".pkl")
-TORCH = (".pt", ".pth")
-SUFFIXES = (*PICKLED, *TORCH, ".safetensors")
+TORCH = (".pt", ".pth", ".ckpt", ".tar")
 RENAMED = {"running_mean": "_mean", "running_var": "_variance"}  # PyTorch -> Paddle, last part of a name
 
 
 def read_state(path: str | Path) -> dict[str, np.ndarray]:
     """The backbone's state in a weights file, spelled as the file spells it; no code of a file is executed.
 
+    What a file is decides its content, not its name: ``.pth.tar``, ``.ckpt`` and the like are PyTorch files.
+
     Args:
-        path: ``.pdparams`` or ``.pkl`` (Paddle), ``.pt`` or ``.pth`` (PyTorch, a bare state or a training
-            checkpoint), ``.safetensors``.
+        path: a file of Paddle (``.pdparams``, ``.pkl``), of PyTorch (a bare state or a training checkpoint),
+            ``.safetensors`` or ``.onnx`` (an iResNet or MobileFaceNet, whose graph is walked).
 
     Raises:
-        UserError: the suffix is unknown, the file is damaged or holds no named arrays.
+        UserError: the file is of another kind, is damaged or holds no named arrays.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
-    suffix = path.suffix.lower()
-    if suffix in PICKLED:
-        from utils.weights.safe_pickle import load_weights_pickle
+    if path.suffix.lower() == ".onnx":
+        from utils.weights.onnx_walk import read_onnx
 
-        content = load_weights_pickle(path)
-    elif suffix in TORCH:
+        return read_onnx(path)
+    return backbone_part(read_content(path), path)
+
+
+def read_content(path: str | Path) -> object:
+    """All that a weights file holds (PyTorch, safetensors, Paddle's pickles), told by its first bytes."""
+    kind = _kind(path)
+    if kind == "safetensors":
+        return read_safetensors(path)
+    if kind == "torch":
         from utils.weights.torch_pickle import load_torch
 
-        content = load_torch(path)
-    elif suffix == ".safetensors":
-        content = read_safetensors(path)
-    else:
-        raise UserError(f"{path}: suffix {suffix!r} is no weights file known here; use {', '.join(SUFFIXES)} or .onnx")
-    return backbone_part(content, path)
+        return load_torch(path)
+    from utils.weights.safe_pickle import load_weights_pickle
+
+    return load_weights_pickle(path)
+
+
+def is_torch_file(path: str | Path) -> bool:
+    """True for a file of ``torch.save`` and for ONNX, whose linear weights are [out, in]."""
+    return Path(path).suffix.lower() == ".onnx" or _kind(path) == "torch"
+
+
+def _kind(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if head.startswith((b"PK", _TORCH_STREAM)):
+        return "torch"
+    if len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 1 << 32:
+        return "safetensors"
+    if Path(path).suffix.lower() == ".safetensors":
+        return "safetensors"  # a damaged one, named as such
+    return "torch" if Path(path).suffix.lower() in TORCH else "pickle"
+
+
+_TORCH_STREAM = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_NESTED = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model", "net", "network", "params",
+           "weights")  # fmt: skip
+_STEMS = ("conv1.weight", "layers.0.layers.0.weight", "patch_embed.proj.weight")  # the first tensor of our families
 
 
 def backbone_part(content: object, path: str | Path) -> dict[str, np.ndarray]:
-    """The backbone's named arrays inside what a file holds (a state, or a checkpoint with one in it)."""
-    for key in ("state_dict_backbone", "backbone", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    """The backbone's named arrays inside what a file holds (a state, or a checkpoint with one in it).
+
+    Names of wrappers before it (``module.``, ``model.``, ``_orig_mod.``, ``features.module.``, in any nesting) are
+    taken off; a head beside it is passed over, which a line on stderr says.
+    """
+    for _ in range(len(_NESTED)):
+        inner = content if isinstance(content, dict) else {}
+        key = next((key for key in _NESTED if isinstance(inner.get(key), dict)), None)
+        if key is None:
             break
+        content = inner[key]
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not named weights")
     state = {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
     if not state:
         keys = ", ".join(map(str, list(content)[:5])) or "none"
         raise UserError(f"{path}: holds no named arrays; its keys are {keys}")
-    for prefix in ("module.", "backbone."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name[len(prefix) :]: value for name, value in state.items()}
-    return state
+    prefix = _prefix(state)
+    beside = [name for name in state if not name.startswith(prefix)]
+    if beside and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
+        told = f"{path}: passed over beside the backbone ({prefix}*): {', '.join(beside[:3])}{more}"
+        print(told, file=sys.stderr, flush=True)
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _prefix(state: dict[str, np.ndarray]) -> str:
+    """What stands before every name of the backbone: before the stem of most tensors, or before all names."""
+    before = {name[: -len(stem)] for name in state for stem in _STEMS if name == stem or name.endswith("." + stem)}
+    if before:
+        sizes = {prefix: sum(name.startswith(prefix) for name in state) for prefix in sorted(before)}
+        return max(sizes, key=lambda prefix: (sizes[prefix], -len(prefix)))
+    prefix = ""
+    while True:  # a network of another family: wrappers that all names share
+        found = next((w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in state)), None)
+        if found is None:
+            return prefix
+        prefix += found
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.")
 
 
 def is_torch_spelling(state: dict[str, np.ndarray]) -> bool:
@@ -77,7 +133,7 @@ def paddle_spelling(layer, state: dict[str, np.ndarray], from_torch: bool | None
 
     Args:
         layer: the Paddle layer the state is meant for.
-        state: in either spelling; the ancestor's ``prelu._weight`` is understood too.
+        state: in either spelling; arcface-Paddle's ``prelu._weight`` is understood too.
         from_torch: whether linear weights are [out, in]; None: seen from the batch norms' names.
     """
     from_torch = is_torch_spelling(state) if from_torch is None else from_torch
