@@ -76,8 +76,10 @@ def test_what_is_fine_or_meant(tmp_path):
     assert count_classes(gaps, "b", 3) == 3  # asked for: one class without images
     with pytest.raises(UserError, match=r"label 2 of record 1 is not in \[0, 2\)"):
         count_classes(gaps, "b", 2)
-    with pytest.raises(UserError, match=r"data\.num_classes: 9, but the data \(a\) has 3 identities"):
-        count_classes(good, "a", 9)
+    with pytest.raises(UserError, match=r"data\.num_classes: 9, but the data \(a, b\) has 3 identities"):
+        count_classes(good, ("a", "b"), 9)
+    with pytest.raises(UserError, match=r"b: labels from 0 to 2 .*data\.relabel=true"):
+        count_classes(gaps, "b", 85742)  # what a recipe says about its own data
 
 
 @pytest.mark.parametrize("as_arrays", [False, True])

@@ -26,7 +26,7 @@ def check_labels(source: Source, place: object, asked: int | None = None, remedy
     Args:
         source: the data.
         place: its name in messages.
-        asked: the number of classes that the user asked for; classes without images are then meant.
+        asked: the number of classes that the user asked for; where the data agree, those without images are meant.
         remedy: the setting or flag that renumbers.
 
     Raises:
@@ -54,8 +54,9 @@ def check_labels(source: Source, place: object, asked: int | None = None, remedy
         wrong = f"label {highest} of record {source.keys[i]} is not in [0, {num_classes})"
         start = "; labels start at 0" if lowest == 1 else ""
         raise UserError(f"{place}: {wrong} ({found}{start}): {renumber}, or correct the number of classes")
-    if asked is not None:
+    if asked is not None and source.num_classes in (None, asked):
         return
+    num_classes = source.num_classes or num_classes
     if exact and num_distinct == 1 and num_classes == 1:
         raise UserError(f"{place}: all {len(source)} images have one label; at least two identities are needed")
     unseen = (
@@ -79,6 +80,7 @@ def count_classes(source: Source, place: object, asked: int | None) -> int:
     Raises:
         UserError: they do not agree, neither says, or the labels are no class numbers.
     """
+    place = ", ".join(place) if isinstance(place, tuple) else place
     check_labels(source, place, asked)
     found = source.num_classes
     if asked is not None and found is not None and asked != found:
