@@ -5,14 +5,13 @@ P pairs; images are uint8 [2P, H, W, 3] RGB, image 2i and 2i+1 are pair i; ``sam
 
 import os
 import pickle
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from utils.decode import DecodeError, decode_image, fit_image
 from utils.errors import UserError
+from utils.files import written_whole
 from utils.weights.safe_pickle import load_bin_pickle
 
 
@@ -40,8 +39,8 @@ def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:
     if len(same) == 0:
         raise UserError(f"{path}: no pairs in it")
     for pair, flag in enumerate(same):
-        if not (isinstance(flag, (bool, int, float, np.generic)) and flag in (0, 1)):
-            raise UserError(f"{path}: the label of pair {pair} is {flag!r}, True or False was expected")
+        if not (isinstance(flag, (bool, int, float, np.generic)) and flag in (0, 1, -1)):
+            raise UserError(f"{path}: the label of pair {pair} is {flag!r}, True or False (1, or 0 or -1) was expected")
     encoded = []
     for number, image in enumerate(images):
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
@@ -49,7 +48,7 @@ def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:
         if not isinstance(image, bytes):
             raise UserError(f"{path}: image {number} is a {type(image).__name__}, encoded bytes were expected")
         encoded.append(image)
-    return encoded, np.array([bool(flag) for flag in same])
+    return encoded, np.array([bool(flag == 1) for flag in same])
 
 
 def load_bin(path: str | os.PathLike, size: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +85,7 @@ def load_bin(path: str | os.PathLike, size: tuple[int, int] | None = None) -> tu
 
 
 def save_bin(path: str | os.PathLike, encoded: Sequence[bytes], same: Sequence[bool]) -> None:
-    """Write a ``.bin`` set in the common layout (a pickle of protocol 2), aside and renamed.
+    """Write a ``.bin`` set in the common layout, a pickle (protocol 4, as Python writes since 3.8), in one piece.
 
     Args:
         path: where to.
@@ -94,18 +93,10 @@ def save_bin(path: str | os.PathLike, encoded: Sequence[bytes], same: Sequence[b
         same: P flags.
 
     Raises:
-        ValueError: two images a pair are not what was given.
+        UserError: two images a pair are not what was given.
     """
     if len(encoded) != 2 * len(same):
-        raise ValueError(f"{os.fspath(path)}: {len(encoded)} images for {len(same)} pairs")
-    path = Path(path)
+        raise UserError(f"{os.fspath(path)}: {len(encoded)} images for {len(same)} pairs")
     value = ([bytes(image) for image in encoded], [bool(flag) for flag in same])
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            pickle.dump(value, file, protocol=4)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as aside, open(aside, "wb") as file:
+        pickle.dump(value, file, protocol=4)

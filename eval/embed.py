@@ -24,6 +24,7 @@ from backbones import build_backbone, resolve_name
 from backbones.guess import guess_network
 from eval.choose_engine import BUILDERS, ENGINES, Source, say, start_engine
 from utils.errors import UserError
+from utils.files import file_stamps
 from utils.photos.detect import Detector, build_detector
 from utils.photos.faces import align_largest, read_image
 from utils.photos.photo import read_photo
@@ -310,8 +311,9 @@ def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_f
     if not str(pretrained):
         raise UserError("infer: name the weights: pretrained='backbone.pdparams'")
     path = Path(pretrained)
-    stamp = (path / RUN_FILES["last"] if path.is_dir() else path).stat().st_mtime_ns if path.exists() else 0
-    embedder = _cached_embedder(str(pretrained), backbone, engine, stamp)
+    weights = path / RUN_FILES["last"] if path.is_dir() else path
+    stamps = file_stamps(weights.parent, [weights.name, "config.yaml"])  # what the model kept was made from
+    embedder = _cached_embedder(str(path.resolve()), backbone, engine, tuple(stamps))
     if num_features is not None and num_features != embedder.embedding_size:
         raise UserError(f"infer: num_features={num_features}, but {pretrained} gives {embedder.embedding_size}")
     from_file = isinstance(image, str | os.PathLike)
@@ -333,5 +335,5 @@ def _cached_detector(name: str) -> Detector:
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_embedder(pretrained: str, backbone: str, engine: str, stamp: int) -> Embedder:
+def _cached_embedder(pretrained: str, backbone: str, engine: str, stamps: tuple) -> Embedder:
     return load_embedder(pretrained, backbone, engine)

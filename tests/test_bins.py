@@ -1,5 +1,6 @@
 """Verification sets: every writer's dialect reads alike; what is no set says so."""
 
+import gzip
 import pickle
 
 import cv2
@@ -40,6 +41,36 @@ def test_dialects(tmp_path, protocol):
             images, same_P = load_bin(path)
             assert images.dtype == np.uint8 and np.array_equal(images, IMAGES)
             assert same_P.dtype == bool and same_P.tolist() == SAME
+
+
+@pytest.mark.parametrize("kind", [bool, np.int8, np.int64, np.uint8, np.float32, np.float64])
+def test_numpy_labels(tmp_path, kind):
+    """Arrays of flags, lists of numpy scalars, and -1 for two people where the kind has it."""
+    minus = [1, -1, 1] if np.dtype(kind).kind in "if" else [1, 0, 1]
+    images = [image.tobytes() for image in ENCODED]
+    for flags in (np.array(SAME, kind), [kind(flag) for flag in SAME], np.array(minus, kind), minus):
+        (tmp_path / "a.bin").write_bytes(pickle.dumps((images, flags), 2))
+        assert read_bin(tmp_path / "a.bin")[1].tolist() == SAME
+    (tmp_path / "a.bin").write_bytes(pickle.dumps((images, np.array([1.0, 0.5, 1.0])), 2))
+    with pytest.raises(UserError, match=r"the label of pair 1 is .*0\.5"):
+        read_bin(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-LFS pointer"),
+        (b"\n<!DOCTYPE html><html><body>404</body></html>", "HTML"),
+        (gzip.compress(b"x" * 100), "gzip"),
+        (b"PK\x03\x04" + bytes(60), "zip archive"),
+        (bytes(600), "zeros"),
+    ],
+)
+def test_files_of_another_kind_are_named_for_what_they_are(tmp_path, content, told):
+    (tmp_path / "lfw.bin").write_bytes(content)
+    with pytest.raises(UserError, match=rf"lfw\.bin.*{told}") as caught:
+        read_bin(tmp_path / "lfw.bin")
+    assert "\n" not in str(caught.value)
 
 
 def test_save_and_read_back(tmp_path):

@@ -59,7 +59,7 @@ def write_records(
         UserError: the files are there already.
         OSError: the folder cannot be written.
     """
-    rec, idx = prefix.with_suffix(".rec"), prefix.with_suffix(".idx")
+    rec, idx = (prefix.with_name(f"{prefix.name}{suffix}") for suffix in (".rec", ".idx"))  # dots are no suffixes
     for path in (rec, idx):
         if path.exists():
             raise UserError(f"{path} exists; remove it or choose another output")
