@@ -4,8 +4,8 @@ Legend: G gallery templates, S gallery subjects, Q probes, D embedding size, K c
 of a subject is the best of its gallery templates. Equal scores rank in gallery order.
 
 A float32 product of two vectors is off by at most ``(D + 3) 2^-24`` times their lengths, in whatever order it is summed
-(Higham, Accuracy and Stability of Numerical Algorithms, 3.5). It takes half the time of a float64 one and settles
-nearly every comparison; what is nearer to a limit than that is computed again in float64.
+(Higham, Accuracy and Stability of Numerical Algorithms, 3.5). It settles nearly every comparison; what is nearer
+to a limit than that is computed again in float64. In float64 alone a search of IJB-C's size takes 1.4 times as long.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -1,0 +1,61 @@
+"""utils/files.py: whole files or none, stamps of many files, what a file really is."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from utils.files import describe_bytes, file_stamps, write_array, write_csv, write_json, written_whole
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    path = tmp_path / "a.b.npy"
+    with pytest.raises(RuntimeError), written_whole(path) as aside:
+        assert aside.parent == tmp_path and aside.suffix == ".npy"  # writers that choose by suffix, or add it
+        aside.write_bytes(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with written_whole(path) as first, written_whole(path) as second:
+        assert first != second  # of one process number too: containers share it
+        first.write_bytes(b"1")
+        second.write_bytes(b"2")
+    write_array(path, np.arange(3))
+    assert np.load(path).tolist() == [0, 1, 2] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_and_csv(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [np.float64("nan"), -float("inf"), 1.5], "y": tmp_path})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, None, 1.5], "y": str(tmp_path)}
+    write_csv(tmp_path / "a.csv", [{"a": "x,y", "b": 1}])
+    assert (tmp_path / "a.csv").read_bytes() == b'a,b\r\n"x,y",1\r\n'
+
+
+def test_stamps_of_files_in_several_folders(tmp_path):
+    for name, content in (("a.jpg", b"1"), ("sub/b.jpg", b"22"), ("sub/other.jpg", b"333")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, ns=(0, len(content)))
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere")
+    names = ["sub/b.jpg", "a.jpg", "none.jpg", "no/b.jpg", "link.jpg", "a.jpg"]
+    assert file_stamps(tmp_path, names) == [(2, 2), (1, 1), None, None, None, (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"", "an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer"),
+        (b"\xef\xbb\xbf  <!DOCTYPE HTML>", "HTML page"),
+        (b"<?xml version='1.0'?><Error>", "XML page"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"\x80\x02]q", "a pickle"),
+        (bytes(512), "file of zeros"),
+        (bytes(257).replace(b"\0", b"x") + b"ustar", "tar archive"),
+        (b"hello world", "a text file that starts with 'hello world'"),
+        (b"\xde\xad\xbe\xef", "it starts with deadbeef"),
+    ],
+)
+def test_what_a_file_really_is(head, words):
+    found = describe_bytes(head)
+    assert words in found and "\n" not in found
