@@ -97,7 +97,7 @@ def test_what_gives_no_crop_is_listed(people, capsys):
     whole = cv2.imencode(".jpg", photo(5))[1].tobytes()
     (people / "photos/ann/cut.jpg").write_bytes(whole[: len(whole) // 2])
     (people / "photos/ann/empty.png").write_bytes(b"")
-    (people / "photos/ann/phone.jpg").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
+    (people / "photos/ann/phone.HEIC").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(40))
     save(people / "photos/ann/unlisted.png", 3)
     lines = (people / "points.txt").read_text()
     flat = " ".join(["7"] * 10)
@@ -109,12 +109,12 @@ def test_what_gives_no_crop_is_listed(people, capsys):
         "ann/cut.jpg",
         "ann/empty.png",
         "ann/flat.png",
-        "ann/phone.jpg",
+        "ann/phone.HEIC",
         "ann/unlisted.png",
         "gone.png",
     ]
     for source, told in {"cut.jpg": "Premature end", "empty.png": "no image bytes", "flat.png": "define no alignment",
-                         "phone.jpg": "HEIC", "unlisted.png": "no landmarks in"}.items():  # fmt: skip
+                         "phone.HEIC": "HEIC photo", "unlisted.png": "no landmarks in"}.items():  # fmt: skip
         assert told in missed[f"ann/{source}"]
     assert "no such photo" in missed["gone.png"]
     assert len(crops_in(people / "crops")) == 3
@@ -271,6 +271,7 @@ def test_formats_of_landmark_lists(tmp_path):
         (f"a_b.jpg\t{plain}\n", 1.0),
         (f"202599\n{header}\na_b.jpg    {plain}\n", 1.0),
         (f'{columns}\n"a b.jpg",0.5,{plain.replace(" ", ",")}\n', 0.5),
+        (f'{columns.upper()}\n"a b.jpg",0.5,{plain.replace(" ", ",")}\n\n', 0.5),
         (f"# a b.jpg\n9 8 20 30 {flagged} 0.82\n1 2 3 4 {'-1 ' * 15}0.1\n# c.jpg\n", 0.82),
         (f"# ./a b.jpg\n9 8 20 30 {plain}\n", 1.0),
     ):

@@ -33,6 +33,7 @@ if __package__ in (None, ""):
 import cv2
 
 from dataset import FolderDataset
+from tools.rec.commands import build_parser as rec_parser
 from tools.rec.commands import run_pack
 from tools.rec.write import in_order
 from utils.errors import UserError, one_line_errors
@@ -228,10 +229,9 @@ def pack_crops(output: Path, job: Job, workers: int) -> dict[str, int]:
     """The crops as ``train.rec``, ``.idx``, ``property`` and ``identities.csv`` in OUTPUT; crop -> record key."""
     aside = job.work / "packed"
     shutil.rmtree(aside, ignore_errors=True)
-    request = argparse.Namespace(
-        source=str(job.crops), output=str(aside), prefix="train", root=None, image_size=job.size, resize="no",
-        quality=95, workers=workers,
-    )  # fmt: skip
+    request = rec_parser().parse_args(
+        ["pack", str(job.crops), str(aside), "--image-size", str(job.size), "--workers", str(workers)]
+    )
     with contextlib.redirect_stdout(None):  # it tells of a file that is about to be moved
         run_pack(request)
     source = FolderDataset(job.crops)

@@ -15,6 +15,9 @@ IMAGE_SUFFIXES = (
     ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
 )  # fmt: skip
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
+_OTHER_PHOTOS = frozenset(
+    {".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".orf", ".raf", ".rw2"}
+)
 _NOT_OURS = frozenset(
     {"@eadir", "#recycle", "$recycle.bin", "__macosx", "desktop.ini", "lost+found", "system volume information",
      "thumbs.db"}
@@ -39,11 +42,13 @@ class ImageFiles:
         root: the folder searched.
         names: paths of the images relative to ``root`` with ``/`` between their parts, in the order of the parts.
         passed_over: reason -> (how many, the first one), relative to ``root``.
+        other_photos: the photos among what was passed over as no image (HEIC, raw), relative to ``root``.
     """
 
     root: Path
     names: list[str] = field(default_factory=list)
     passed_over: dict[str, tuple[int, str]] = field(default_factory=dict)
+    other_photos: list[str] = field(default_factory=list)
 
     def paths(self) -> list[Path]:
         return [self.root / name for name in self.names]
@@ -94,6 +99,8 @@ def _search(found: ImageFiles, folder: str, above: list[tuple[int, int]]) -> Ite
             yield name
         else:
             found.pass_over("files that are no images", name)
+            if os.path.splitext(name)[1].lower() in _OTHER_PHOTOS:  # noqa: PTH122 - for speed
+                found.other_photos.append(name)
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

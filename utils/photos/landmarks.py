@@ -65,7 +65,7 @@ def _read_plain(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFa
 
 def _read_table(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFace]]:
     faces: dict[str, list[DetectedFace]] = {}
-    rows = csv.reader(lines, skipinitialspace=True)
+    rows = csv.reader((f"{line}\n" for line in lines), skipinitialspace=True)  # names may hold line ends
     header: list[str] = []
     for fields in rows:
         if not any(field.strip() for field in fields):

@@ -33,7 +33,8 @@ def plan_photos(source: Path, leave_out: Path | None = None) -> tuple[list[Photo
     Folder: the first folder below it is the identity, whatever lies deeper; photos directly in it have the folder's own
     name as identity. List: lines ``path identity`` (a tab, a comma or blanks between; relative paths start from the
     list's folder) or ``path`` alone, whose folder then is the identity. Hidden files and what is no image are passed
-    over (``utils.images``).
+    over (``utils.images``); photos in formats that are not read (HEIC, raw) belong to the plan, so that they are missed
+    aloud.
 
     Args:
         source: folder, list file or image.
@@ -47,7 +48,7 @@ def plan_photos(source: Path, leave_out: Path | None = None) -> tuple[list[Photo
     """
     if source.is_dir():
         found = find_image_files(source)
-        names = found.names
+        names = sorted([*found.names, *found.other_photos], key=lambda name: name.split("/"))
         if leave_out is not None:
             root, out = source.resolve(), leave_out.resolve()
             inside = out.relative_to(root).as_posix() + "/" if out.is_relative_to(root) else None
