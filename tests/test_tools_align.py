@@ -81,6 +81,7 @@ def test_crops_and_tables(people, capsys):
     assert table(out / "missed.csv") == []
     told = capsys.readouterr().out.splitlines()
     assert told == [f"{out}: 3 crops of 2 identities from 3 photos"]
+    assert (out / ".align/journal.jsonl").is_file()  # what tells that this folder holds crops
     # Our own table goes back in and gives the same crops.
     run(people / "photos", people / "again", "--landmarks", out / "faces.csv")
     for name in crops_in(out):
@@ -229,7 +230,8 @@ def test_names_of_crops(tmp_path):
                  "loose.png", "q/a.png", "q/notes.txt"):  # fmt: skip
         save(tmp_path / "set" / name, 0) if not name.endswith("txt") else (tmp_path / "set" / name).write_text("")
     save(tmp_path / "set/out/p/a.png", 0)
-    photos, passed_over = plan_photos(tmp_path / "set", tmp_path / "set/out")
+    (tmp_path / "set/out/.align").mkdir()
+    photos, passed_over = plan_photos(tmp_path / "set")
     names = {photo.source: f"{photo.identity}/{photo.stem}" for photo in photos}
     assert len(set(map(str.lower, names.values()))) == len(names) == 8
     assert names["q/a.png"] == "q/a" and names["loose.png"] == "set/loose"

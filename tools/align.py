@@ -43,11 +43,10 @@ from utils.photos.align import align_face
 from utils.photos.detect import CHOICES, DetectedFace, Detector, build_detector, choose_faces
 from utils.photos.landmarks import read_landmark_list
 from utils.photos.photo import read_photo
-from utils.photos.plan import Photo, plan_photos
+from utils.photos.plan import WORK, Photo, plan_photos
 from utils.progress import progress
 from utils.system import num_cores
 
-WORK = ".align"  # in OUTPUT: the journal of what is done, and with --pack the crops until they are packed
 VERSION = 1  # of the crops: another one makes them anew
 PACKED = ("train.rec", "train.idx", "property", "identities.csv")
 FACE_COLUMNS = ["crop", "source", "score", *(f"{axis}{number}" for number in range(1, 6) for axis in "xy")]
@@ -278,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1 was expected")
     check_output(args.source, args.output)
-    photos, passed_over = plan_photos(args.source, args.output)
+    photos, passed_over = plan_photos(args.source)
     detector = args.detector or "mtcnn"
     unused: list[tuple[str, str]] = []
     if args.landmarks is not None:

@@ -9,6 +9,8 @@ from utils.errors import UserError
 from utils.images import find_image_files, is_hidden, is_image_name
 from utils.text import read_text_lines
 
+WORK = ".align"  # in the folder of the crops: what ``tools/align.py`` keeps between runs
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -27,18 +29,17 @@ class Photo:
     stem: str
 
 
-def plan_photos(source: Path, leave_out: Path | None = None) -> tuple[list[Photo], str | None]:
+def plan_photos(source: Path) -> tuple[list[Photo], str | None]:
     """The photos of a folder, of a list or a single one.
 
     Folder: the first folder below it is the identity, whatever lies deeper; photos directly in it have the folder's own
     name as identity. List: lines ``path identity`` (a tab, a comma or blanks between; relative paths start from the
     list's folder) or ``path`` alone, whose folder then is the identity. Hidden files and what is no image are passed
     over (``utils.images``); photos in formats that are not read (HEIC, raw) belong to the plan, so that they are missed
-    aloud.
+    aloud. A folder inside that crops were written to (it has a ``WORK`` folder) is left out.
 
     Args:
         source: folder, list file or image.
-        leave_out: a folder inside ``source`` that is not searched: where the crops go.
 
     Returns:
         The photos in order, and a line about what was passed over or None.
@@ -49,10 +50,9 @@ def plan_photos(source: Path, leave_out: Path | None = None) -> tuple[list[Photo
     if source.is_dir():
         found = find_image_files(source)
         names = sorted([*found.names, *found.other_photos], key=lambda name: name.split("/"))
-        if leave_out is not None:
-            root, out = source.resolve(), leave_out.resolve()
-            inside = out.relative_to(root).as_posix() + "/" if out.is_relative_to(root) else None
-            names = [name for name in names if inside is None or not name.startswith(inside)]
+        folders = {parent for name in names for parent in PurePosixPath(name).parents if parent.name}
+        outputs = {folder for folder in folders if (source / folder / WORK).is_dir()}
+        names = [name for name in names if outputs.isdisjoint(PurePosixPath(name).parents)]
         if not names:
             raise UserError(f"{source}: no images there")
         own_name = source.resolve().name or "photos"
