@@ -27,6 +27,13 @@ def with_orientation(encoded, orientation):
     return encoded[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + encoded[2:]
 
 
+def test_normalisation_of_all_values():
+    image_NHWC = np.arange(256, dtype=np.uint8).reshape(2, 8, 16, 1).repeat(3, axis=3)
+    found = utils.decode.normalise_images(image_NHWC)
+    expected = ((image_NHWC.astype(np.float64) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2)
+    assert found.dtype == np.float32 and found.shape == (2, 3, 8, 16) and np.abs(found - expected).max() < 1e-6
+
+
 @pytest.fixture(params=["simplejpeg", "opencv"])
 def decoder(request, monkeypatch):
     if request.param == "opencv":

@@ -114,7 +114,8 @@ def run_sets(model: Path) -> list[Path]:
         return []
     content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     verify, data = content.get("verify") or {}, content.get("data") or {}
-    root = Path(verify.get("root") or data.get("root") or ".")
+    root = verify.get("root") or data.get("root") or "."
+    root = Path(root[0] if isinstance(root, list) else root)  # of several data sets the first
     paths = [Path(name) if str(name).endswith(".bin") else root / f"{name}.bin" for name in verify.get("sets") or ()]
     return [path for path in paths if path.is_file()]
 

@@ -20,6 +20,17 @@ JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
+PIXEL_SCALE, PIXEL_SHIFT = 2 / 255, -1.0  # grey levels 0..255 to what networks take, -1..1
+
+
+def normalise_images(image_NHWC: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, 3] -> float32 [N, 3, H, W] in -1..1, contiguous."""
+    image_NCHW = np.ascontiguousarray(image_NHWC.transpose(0, 3, 1, 2), np.float32)
+    image_NCHW *= np.float32(PIXEL_SCALE)
+    image_NCHW += np.float32(PIXEL_SHIFT)
+    return image_NCHW
+
+
 class DecodeError(ValueError):
     """Bytes that are not a whole image."""
 

@@ -20,7 +20,7 @@ import numpy as np
 from utils.data.augment import build_augment, sample_rng
 from utils.data.source import Source, as_source
 from utils.data.threads import ThreadPipeline
-from utils.decode import DecodeError, decode_image, fit_image
+from utils.decode import PIXEL_SCALE, PIXEL_SHIFT, DecodeError, decode_image, fit_image
 from utils.errors import UserError
 
 RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop", "window": "window"}
@@ -28,7 +28,7 @@ RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", 
 # Rows of a batch zeroed at a time before they are decoded into: a stream of zeros brings them into the cache faster
 # than the decoder's scattered writes would (3 % of its time).
 _ROWS_IN_CACHE = 8
-_NORMALISED = np.arange(256, dtype=np.float32) * np.float32(2 / 255) - np.float32(1)
+_NORMALISED = np.arange(256, dtype=np.float32) * np.float32(PIXEL_SCALE) + np.float32(PIXEL_SHIFT)
 
 
 def normalise_image(image: np.ndarray, out: np.ndarray, planes: np.ndarray) -> None:
@@ -237,7 +237,7 @@ class TrainLoader:
             mirror = packed._slice(num_bytes, num_bytes + len(mirror)).astype("bool").reshape([-1, 1, 1, 1])
             image = paddle.where(mirror, wide.flip(2), wide)
         if self._options["normalize"]:
-            image = paddle.scale(image.transpose([0, 3, 1, 2]).astype("float32"), 2 / 255, -1.0)
+            image = paddle.scale(image.transpose([0, 3, 1, 2]).astype("float32"), PIXEL_SCALE, PIXEL_SHIFT)
         elif image.dtype != paddle.uint8:
             image = image.astype("uint8")
         return image, label

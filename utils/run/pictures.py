@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import distributed
+from utils.decode import normalise_images
 from utils.errors import UserError
 from utils.model.modes import evaluating
 from utils.run.meters import due
@@ -135,7 +136,7 @@ class Pictures:
         with evaluating(backbone):
             for start in range(0, len(self._image_NHWC), BATCH):
                 part_NHWC = self._image_NHWC[start : start + BATCH]
-                image_BCHW = np.ascontiguousarray(part_NHWC.transpose(0, 3, 1, 2), np.float32) / 127.5 - 1.0
+                image_BCHW = normalise_images(part_NHWC)
                 parts.append(backbone(paddle.to_tensor(image_BCHW)).astype("float32").numpy())
         return np.concatenate(parts)
 

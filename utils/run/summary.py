@@ -32,7 +32,7 @@ def summarize(run, num_images: int, resume: dict | None) -> str:
         f"on this rank, sample_rate {head.sample_rate:g} ({sampled:,} an update)",
         f"memory     about {backbone_mb + head_mb + logits_mb:,.0f} MB a rank before activations: backbone "
         f"{backbone_mb:,.0f}, head {head_mb:,.0f}, logits {logits_mb:,.0f}",
-        f"data       {num_images:,} images ({config.data.kind}: {config.data.root or 'made here'})",
+        f"data       {num_images:,} images ({_places(config.data)})",
         f"batch      {images} images an update = {world_size} rank(s) x {run.loader.batch_size} x {run.accumulation} "
         "micro-batch(es)",
         f"optimiser  {base.name}, lr {schedule.base_lr:g}{scaling}, {schedule.name} schedule, warm-up "
@@ -54,3 +54,9 @@ def summarize(run, num_images: int, resume: dict | None) -> str:
 def is_statistic(name: str) -> bool:
     """Batch-norm running means and variances, which Paddle counts among the parameters."""
     return name.rpartition(".")[2] in ("_mean", "_variance")
+
+
+def _places(data) -> str:
+    if isinstance(data.root, tuple):
+        return f"several sets: {', '.join(data.root)}"
+    return f"{data.kind}: {data.root or data.list_file or 'made here'}"
