@@ -2,7 +2,7 @@
 
 Layout is NCHW or NHWC (``data_format``); convolution weights are [out, in, height, width] in both, so a state dict does
 not depend on the layout. Batch norm: Paddle's ``momentum`` weights the OLD running value (0.9 here equals 0.1 in
-PyTorch: trap 25), and Paddle's running variance is the biased one, where PyTorch stores n/(n-1) times the batch's
+PyTorch), and Paddle's running variance is the biased one, where PyTorch stores n/(n-1) times the batch's
 (n = batch x height x width values per channel). Outputs and gradients are the same.
 """
 
@@ -44,7 +44,7 @@ def batch_norm(num_features: int, data_format: str = "NCHW", epsilon: float = BN
 
 
 class FrozenScaleNorm(nn.BatchNorm1D):
-    """Batch norm of embeddings [B, D] whose scale stays 1, out of training (trap 26)."""
+    """Batch norm of embeddings [B, D] whose scale stays 1, out of training."""
 
     def __init__(self, num_features: int, **options):
         super().__init__(num_features, **options)

@@ -115,7 +115,7 @@ class Bomb:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
 def test_pt_files_are_not_executed(tmp_path, zipped, capsys):
-    """Trap 43, for weights: neither a call nor a whole module gets through."""
+    """Neither a call nor a whole module gets through."""
     torch.save({"x": Bomb(tmp_path / "ran")}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     assert "nothing was executed" in run_failing(capsys, tmp_path / "a.pt", tmp_path / "o.pdparams")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
@@ -343,7 +343,7 @@ def test_vision_transformer_and_plain_resnet_there_and_back(tmp_path, capsys):
 
 
 def test_square_matrices_are_transposed():
-    """Trap 31: by what the layer is, not by whether the shapes differ."""
+    """By what the layer is, not by whether the shapes differ."""
     layer = paddle.nn.Linear(4, 4)
     weight = np.arange(16, dtype=np.float32).reshape(4, 4)
     load_state(layer, {"weight": weight, "bias": np.zeros(4, np.float32)}, "x.pt", from_torch=True)
@@ -439,7 +439,7 @@ def test_uneven_shards_are_refused(tmp_path, capsys, peer):
     )
 
 
-def test_the_ancestors_folder(tmp_path, capsys):
+def test_arcface_paddles_folder(tmp_path, capsys):
     """backbone.pdparams with its PReLU spelling, class centres and momentum as pickles of each rank."""
     layer = trained_like(width=8, embedding_size=32)
     old = {name.replace("prelu.weight", "prelu._weight"): value for name, value in state_of(layer).items()}

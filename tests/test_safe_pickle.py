@@ -145,7 +145,7 @@ def canaries(mark):
 
 @pytest.mark.parametrize("load", LOADERS)
 def test_canaries_do_not_sing(tmp_path, load):
-    """Trap 43."""
+    """Files from elsewhere run nothing."""
     mark = tmp_path / "it_ran"
     for name, payload in canaries(mark).items():
         (tmp_path / "a.bin").write_bytes(payload)

@@ -63,15 +63,13 @@ class Snapshot:
 class Loaded:
     """What a rank gets back; fields as in ``Snapshot``, the rows being those of [start, start + num_local)."""
 
-    path: Path
     rows: dict[str, np.ndarray]
     table: dict[str, np.ndarray]
     shared: dict[str, dict[str, np.ndarray]]
-    meta: dict
 
 
 class CheckpointWriter:
-    """Writes snapshots in a thread. All ranks drive it in step: ``start``, then ``poll`` flags, then ``finish``.
+    """Writes snapshots in a thread. All ranks drive it in step: ``start``, then ``finish`` when none is ``pending``.
 
     ``start(snapshot)`` begins; ``pending`` and ``failed`` tell this rank's state, which the training loop reduces over
     the ranks; once nobody is pending all ranks call ``finish(any_failed)``.
@@ -258,13 +256,14 @@ def read_meta(path: str | Path) -> dict:
         raise UserError(f"{path}: no readable meta.json ({error}); give the folder of a whole checkpoint") from None
 
 
-def load_checkpoint(path: str | Path, start: int, num_local: int) -> Loaded:
+def load_checkpoint(path: str | Path, start: int, num_local: int, meta: dict | None = None) -> Loaded:
     """Read a checkpoint for the classes [start, start + num_local), whatever the world size that wrote it.
 
-    Only the rows asked for are read. Raises UserError where the rows do not exist.
+    Only the rows asked for are read. ``meta``: the checkpoint's, where it was read already. Raises UserError where the
+    rows do not exist.
     """
     path = Path(path)
-    meta = read_meta(path)
+    meta = read_meta(path) if meta is None else meta
     world_size = meta["world_size"]
     stems = [name.removesuffix(".safetensors") for name in meta["files"] if not name.startswith("head_")]
     shared = {stem: load_file(path / f"{stem}.safetensors") for stem in stems}
@@ -291,7 +290,7 @@ def load_checkpoint(path: str | Path, start: int, num_local: int) -> Loaded:
                 f"{path}: head array {name!r} covers {total} classes, rows {start} to {start + num_local - 1} were "
                 "asked for; the class count differs: use init.backbone= (and init.head=) instead of --resume"
             )
-    return Loaded(path=path, rows=rows, table=table, shared=shared, meta=meta)
+    return Loaded(rows=rows, table=table, shared=shared)
 
 
 def _name(step: int) -> str:

@@ -237,7 +237,7 @@ def snapshot(run: Run) -> Snapshot:
 
 def restore(run: Run, meta: dict) -> None:
     """Put a run into the state of a checkpoint; every rank reads the class rows that are its own."""
-    loaded = load_checkpoint(meta["path"], run.head.shard.start, run.head.shard.num_local)
+    loaded = load_checkpoint(meta["path"], run.head.shard.start, run.head.shard.num_local, meta)
     load_layer(run.replica.backbone, loaded.shared["backbone"], meta["path"])
     run.replica.remember_statistics()
     run.optimizer.load_state(loaded.shared.get("optimizer", {}), meta["optimizer_updates"])
