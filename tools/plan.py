@@ -137,7 +137,7 @@ def predict_memory(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
     folded = setup.accumulate > kept
     logits = sampled * samples * FLOAT * (1 if folded and kept == 0 else min(setup.accumulate, kept + folded))
     # Beside the exponentials: on CPU a chunk's weights and gradient, on GPU every temporary of a pass over it.
-    floats_a_row = 2 * dim if setup.device == "cpu" else 6 * dim + 3 * samples
+    floats_a_row = 2 * dim if setup.device == "cpu" else 4 * dim + 2 * samples
     chunk = min(CHUNK_ROWS[setup.device], sampled) * floats_a_row * FLOAT
     workers = setup.threads if setup.device == "cpu" else 1
     indices = 0 if setup.sample_rate == 1 else 2 * 8 * sampled + 2 * local
@@ -152,6 +152,10 @@ def predict_memory(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
         "class gradients": sampled * dim * FLOAT if folded else 0,
         "embeddings of all ranks": 6 * samples * dim * FLOAT,
         "chunks in work, ids": workers * chunk + indices,
+        # Where not all rows take part a GPU works on copies of those that do (utils/head/paddle_kernel.py).
+        "copies of class rows": 0
+        if setup.device == "cpu" or setup.sample_rate == 1
+        else (1 + slots) * sampled * dim * FLOAT,
         "overhead of the process": CPU_OVERHEAD if setup.device == "cpu" else 0,
     }
 
