@@ -10,9 +10,9 @@ from backbones import build_backbone
 from eval.embed import load_embedder
 from tests.device.build import DEVICE
 from tests.device.counters import counts
-from tests.device.test_plugin import ON_DEVICE
+from tests.device.test_plugin import BF16_TYPE, ON_DEVICE
 from tests.eval_data import faces
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 
 pytestmark = pytest.mark.device
 
@@ -75,3 +75,15 @@ def test_verification_on_two_ranks_is_the_cpu_s():
     (expected,) = map(figures, run_ranks(VERIFY, 1, ["cpu"]))
     for output in run_ranks(VERIFY, 2, [DEVICE], env=ON_DEVICE):
         np.testing.assert_allclose(figures(output), expected, atol=0.03)
+
+
+@pytest.mark.distributed
+def test_gpu_check_in_its_small_form(tmp_path):
+    """What it would try on a GPU passes here, in the order of its weight, as far as two minutes carry."""
+    told = ["--device", BF16_TYPE, "--small", "--minutes", "2", "--output", str(tmp_path / "report.json")]
+    env = ON_DEVICE | {"SANDBOX_TYPE": BF16_TYPE, "SANDBOX_DEVICES": "2"}
+    run_ranks(ROOT / "tools" / "gpu_check.py", 1, told, env=env, timeout=280, check=False)
+    checks = json.loads((tmp_path / "report.json").read_text())["checks"]
+    done = {name: found for name, found in checks.items() if "not run" not in str(found.get("problem"))}
+    assert {name: found for name, found in done.items() if not found["passed"]} == {}
+    assert {"fp32", "head bf16", "fp16", "bf16"} <= set(done)

@@ -26,6 +26,7 @@ void release(void* device_address, size_t size);
 void world_sum(double* values, size_t count);  // over the ranks of the first group that this process joined
 void fill_collectives(C_DeviceInterface* interface);
 void register_kernels();
+void register_norms();
 void axpby(C_DataType dtype, size_t count, float alpha, const void* x, float beta, void* y);
 
 size_t size_of(C_DataType dtype);

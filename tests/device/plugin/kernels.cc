@@ -513,6 +513,7 @@ void register_kernels() {
     }
   }
   forwarders.seal();
+  register_norms();
   phi::CustomKernelMap::Instance().RegisterCustomKernels();
 }
 

@@ -7,8 +7,6 @@
 
 namespace {
 
-using phi::capi::CppTypeToPDType;
-
 // Where a value of channel c of image n at place k lies.
 struct Layout {
   int64_t images, channels, places;
@@ -124,7 +122,30 @@ void SyncBatchNormGrad(const phi::Context& context, const phi::DenseTensor& x, c
   }
 }
 
-PD_BUILD_PHI_KERNEL(sync_batch_norm, sandbox, ALL_LAYOUT, SyncBatchNorm, float, phi::dtype::float16,
-                    phi::dtype::bfloat16) {}
-PD_BUILD_PHI_KERNEL(sync_batch_norm_grad, sandbox, ALL_LAYOUT, SyncBatchNormGrad, float, phi::dtype::float16,
-                    phi::dtype::bfloat16) {}
+namespace {
+
+// What Paddle's PD_BUILD_PHI_KERNEL does, for a device type that is known at run time only.
+template <typename T, typename Function>
+void add(const char* name, Function function, void (*in_context)(PD_KernelContext*), void* typed) {
+  phi::capi::CustomKernelArgsParseFunctor<Function> arguments;
+  PD_RegisterPhiKernel(name, sandbox::device_type(), phi::capi::CppTypeToPDType<T>::Type(), PD_DATALAYOUT(ALL_LAYOUT),
+                       arguments.in_args_type.size(), arguments.in_args_type.data(), arguments.attr_args_type.size(),
+                       arguments.attr_args_type.data(), arguments.out_args_type.size(), arguments.out_args_type.data(),
+                       [](const PD_KernelKey*, PD_Kernel*) {}, in_context, typed);
+}
+
+template <typename T>
+void add_both() {
+  add<T>("sync_batch_norm", &SyncBatchNorm<T>, CUSTOM_PHI_KERNEL(SyncBatchNorm<T>),
+         CUSTOM_PHI_VARIADIC_KERNEL(SyncBatchNorm<T>));
+  add<T>("sync_batch_norm_grad", &SyncBatchNormGrad<T>, CUSTOM_PHI_KERNEL(SyncBatchNormGrad<T>),
+         CUSTOM_PHI_VARIADIC_KERNEL(SyncBatchNormGrad<T>));
+}
+
+}  // namespace
+
+void sandbox::register_norms() {
+  add_both<float>();
+  add_both<phi::dtype::float16>();
+  add_both<phi::dtype::bfloat16>();
+}
