@@ -44,7 +44,7 @@ def batch_norm(num_features: int, data_format: str = "NCHW", epsilon: float = BN
 
 
 class FrozenScaleNorm(nn.BatchNorm1D):
-    """Batch norm of embeddings [B, D] whose scale stays 1, out of training."""
+    """Batch norm of embeddings [B, D] whose scale stays 1 and is not trained."""
 
     def __init__(self, num_features: int, **options):
         super().__init__(num_features, **options)

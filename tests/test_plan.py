@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools.plan import BackboneFacts, Setup, head_rows, main, measure_backbone, predict_memory, predict_traffic
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = BackboneFacts(parameters=4_000_000, buffers=1000, fixed=10_000, per_image=500_000)
@@ -54,6 +55,19 @@ def test_head_by_hand():
     assert moved["backbone gradients (all-reduce)"] == 2 * 7 * 4_000_000 // 8
     assert moved["embeddings (all-gather)"] == 7 * 1024 * 512 * 4 // 8
     assert sum(predict_traffic(Setup(100, 1, 8, 1.0, "x"), FACTS).values()) == 0
+
+
+def test_half_precision_and_recomputation():
+    """Activations at two bytes and a copy of the weights; what recomputation saves is measured."""
+    full, half = (predict_memory(Setup(100, 1, 8, 1.0, "x", precision=name), FACTS) for name in ("fp32", "bf16"))
+    kept = "backbone gradients and activations"
+    assert full[kept] - half[kept] == 8 * 250_000
+    weights = "backbone weights and buffers"
+    assert half[weights] - full[weights] == 4_000_000 // 2
+    with pytest.raises(UserError, match="--precision: fp16"):
+        Setup(100, 1, 8, 1.0, "x", device="cpu", precision="fp16")
+    keep, again = (measure_backbone("iresnet18", 64, "gpu", recompute=flag) for flag in (False, True))
+    assert again.parameters == keep.parameters and again.per_image < 0.7 * keep.per_image
 
 
 def test_positives_beyond_the_quota_and_accumulation():

@@ -340,7 +340,8 @@ class Checker:
         device = "cpu" if self.device == "cpu" else "gpu"
         words = ["--classes", str(settings["data.num_classes"]), "--gpus", str(ranks), "--backbone", network]
         words += ["--batch", str(settings["run.batch_size"]), "--sample-rate", str(settings["head.sample_rate"])]
-        words += ["--device", device, "--json", str(out)]
+        words += ["--device", device, "--precision", settings["run.precision"], "--json", str(out)]
+        words += ["--recompute"] if settings.get("model.recompute") else []
         try:
             run_child([str(ROOT / "tools" / "plan.py"), *words], self.folder, "cpu", 1, self.left())
         except UserError as error:

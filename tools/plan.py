@@ -9,7 +9,8 @@ machine has free, shared by its ranks.
 
 ``--device cpu`` predicts the peak of the whole process, allocator slack included, and is checked against measured peaks
 (tests/test_plan.py). ``--device gpu`` counts allocated tensors; the CUDA context and cuDNN workspaces come on top. It
-has not been checked on a GPU.
+has not been checked on a GPU. ``--recompute`` is measured like everything else; ``--precision fp16`` or ``bf16`` (GPU
+only) counts activations at two bytes and adds the copy of the weights that ``auto_cast`` makes.
 """
 
 import argparse
@@ -51,6 +52,8 @@ class Setup:
     optimizer: str = "sgd"
     device: str = "gpu"
     threads: int = 2
+    precision: str = "fp32"
+    recompute: bool = False
 
     def __post_init__(self):
         for name in ("ranks", "batch", "embedding_size", "accumulate", "threads"):
@@ -60,6 +63,8 @@ class Setup:
             raise UserError(f"--classes: {self.classes} cannot be split over {self.ranks} ranks")
         if not 0 <= self.sample_rate <= 1:
             raise UserError(f"--sample-rate: {self.sample_rate} must lie in [0, 1]")
+        if self.precision != "fp32" and self.device == "cpu":
+            raise UserError(f"--precision: {self.precision} with --device cpu, where Paddle computes in fp32; use fp32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches an update")
     parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the backbone")
+    parser.add_argument("--recompute", action="store_true", help="model.recompute=true: activations computed again")
     parser.add_argument("--memory", type=float, help="GiB a rank may use")
     parser.add_argument("--json", type=Path, help="write the figures here, in bytes")
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["--probe"]:
-        probe(arguments[1], int(arguments[2]), arguments[3])
+        probe(arguments[1], int(arguments[2]), arguments[3], recompute=arguments[4] == "recompute")
         return
     run(parser.parse_args(arguments))
 
@@ -95,10 +102,11 @@ def main(argv: list[str] | None = None) -> None:
 @one_line_errors
 def run(args: argparse.Namespace) -> None:
     setup = Setup(
-        args.classes, args.gpus, args.batch, args.sample_rate, args.backbone, args.embedding_size, args.accumulate,
-        args.optimizer, args.device,
+        args.classes, args.gpus, args.batch, args.sample_rate, args.backbone, embedding_size=args.embedding_size,
+        accumulate=args.accumulate, optimizer=args.optimizer, device=args.device, precision=args.precision,
+        recompute=args.recompute,
     )  # fmt: skip
-    facts = measure_backbone(setup.backbone, setup.embedding_size, setup.device)
+    facts = measure_backbone(setup.backbone, setup.embedding_size, setup.device, recompute=setup.recompute)
     memory, moved = predict_memory(setup, facts), predict_traffic(setup, facts)
     available = args.memory * GIB if args.memory else available_memory(setup.device, setup.ranks)
     local, sampled = head_rows(setup)
@@ -132,6 +140,7 @@ def predict_memory(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
     local, sampled = head_rows(setup)
     dim, samples = setup.embedding_size, setup.batch * setup.ranks
     slots = 2 if setup.optimizer == "adamw" else 1
+    half = setup.precision != "fp32"
     # Exponentials are kept until they would cost more than row gradients (partial_fc.py, _add_record).
     kept = min(setup.accumulate, max(dim // samples, 0))
     folded = setup.accumulate > kept
@@ -142,9 +151,9 @@ def predict_memory(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
     workers = setup.threads if setup.device == "cpu" else 1
     indices = 0 if setup.sample_rate == 1 else 2 * 8 * sampled + 2 * local
     return {
-        "backbone weights and buffers": facts.parameters + facts.buffers,
+        "backbone weights and buffers": facts.parameters + facts.buffers + (facts.parameters // 2 if half else 0),
         "backbone optimiser": slots * facts.parameters,
-        "backbone gradients and activations": facts.fixed + facts.per_image * setup.batch,
+        "backbone gradients and activations": facts.fixed + facts.per_image * setup.batch // (2 if half else 1),
         "images": 3 * 112 * 112 * setup.batch * FLOAT * setup.accumulate,
         "class weights": local * dim * FLOAT,
         "class optimiser": slots * local * dim * FLOAT + local * FLOAT,
@@ -173,25 +182,27 @@ def predict_traffic(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
     }
 
 
-def measure_backbone(name: str, embedding_size: int, device: str) -> BackboneFacts:
+def measure_backbone(name: str, embedding_size: int, device: str, recompute: bool = False) -> BackboneFacts:
     """Run training steps of few images in a child process and read what they took.
 
     Args:
         device: ``cpu`` reads the peak of the process, ``gpu`` Paddle's count of allocated bytes (taken on CPU as well).
     """
-    build_backbone(name, embedding_size=embedding_size)  # a wrong name ends here, with its message
-    command = [sys.executable, "-W", "ignore", __file__, "--probe", name, str(embedding_size), device]
+    options = {"recompute": True} if recompute else {}
+    build_backbone(name, embedding_size=embedding_size, **options)  # a wrong name ends here, with its message
+    words = [name, str(embedding_size), device, "recompute" if recompute else "keep"]
+    command = [sys.executable, "-W", "ignore", __file__, "--probe", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError(f"--backbone {name}: its training step failed: {done.stderr.strip().splitlines()[-1]}")
     return BackboneFacts(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def probe(name: str, embedding_size: int, device: str) -> None:
+def probe(name: str, embedding_size: int, device: str, recompute: bool) -> None:
     """The child's part: prints ``BackboneFacts`` as JSON."""
     paddle.set_device("cpu")
     base = reset_peak()
-    backbone = build_backbone(name, embedding_size=embedding_size)
+    backbone = build_backbone(name, embedding_size=embedding_size, **({"recompute": True} if recompute else {}))
     backbone.train()
     optimizer = paddle.optimizer.Momentum(0.0, 0.9, backbone.parameters())
     parameters = sum(each.size * FLOAT for each in backbone.parameters())
