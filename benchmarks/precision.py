@@ -4,6 +4,7 @@
 
 Verification and IJB tables of the demo's model (what ``make demo`` leaves) are computed anew with Paddle's dynamic
 graph, with OpenVINO in float32 and, where the processor has it, in bfloat16. A difference beyond the bars is an error.
+The sets are small: one pair that changes sides is more than the bar of bfloat16, so the bars ask that none does.
 Cases ``precision/<engine>/<precision>`` with ``largest_difference`` in points (percent) of any figure.
 """
 
@@ -24,14 +25,14 @@ from eval.embed import Embedder, load_embedder
 from eval.features import protocol_features
 from eval.pairs import load_sets, verify
 from eval.protocols import read_ijb
-from eval.tables import ALL_SETTINGS, evaluate_templates
+from eval.tables import Setting, evaluate_templates
 from utils.errors import UserError, one_line_errors
 
 BARS = {"fp32": 0.005, "bf16": 0.05}  # points: half a unit of the fourth digit; the bar of bfloat16
 
 
 def figures(embedder: Embedder, demo: Path) -> dict[str, float]:
-    """Every rate of both tables, in points, by name."""
+    """Every rate that the two commands print by default, in points, by name."""
     found = {}
     for name, result in verify(
         embedder, load_sets(demo / "data", ["orl", "orl_hard"], size=embedder.input_size)
@@ -42,10 +43,9 @@ def figures(embedder: Embedder, demo: Path) -> dict[str, float]:
     protocol = read_ijb(demo / "data" / "IJB", "ORL")
     with tempfile.TemporaryDirectory() as folder:
         features = protocol_features(protocol, lambda: embedder, "weights", Path(folder) / "f.npy")
-        for setting in ALL_SETTINGS:
-            for point in evaluate_templates(protocol, features.feature_N2D, setting).table:
-                found[f"IJB {setting} TAR@FAR={point.far:g}"] = 100 * point.nearest
-                found[f"IJB {setting} strict TAR@FAR={point.far:g}"] = 100 * point.strict
+        for point in evaluate_templates(protocol, features.feature_N2D, Setting()).table:
+            found[f"IJB TAR@FAR={point.far:g}"] = 100 * point.nearest
+            found[f"IJB strict TAR@FAR={point.far:g}"] = 100 * point.strict
     return found
 
 
@@ -70,8 +70,12 @@ def main(argv: list[str] | None = None) -> None:
         difference = {name: abs(found[name] - value) for name, value in expected.items()
                       if not (np.isnan(value) and np.isnan(found[name]))}  # fmt: skip
         worst = max(difference, key=difference.get)
-        print(f"openvino, {precision}: {len(difference)} figures, at most {difference[worst]:.4f} points from the "
-              f"dynamic graph's ({worst}: {found[worst]:.4f} against {expected[worst]:.4f})")  # fmt: skip
+        num_other = sum(value > BARS[precision] for value in difference.values())
+        print(
+            f"openvino, {precision}: {num_other} of {len(difference)} figures beyond {BARS[precision]} points, at most "
+            f"{difference[worst]:.4f} from the dynamic graph's ({worst}: {found[worst]:.4f} against "
+            f"{expected[worst]:.4f})"
+        )
         cases.append({"name": f"precision/openvino/{precision}", "metric": "points", "value": difference[worst],
                       "largest_difference": difference[worst], "figure": worst, "runs": 1})  # fmt: skip
         if not difference[worst] <= BARS[precision]:
