@@ -30,7 +30,6 @@ if __package__ in (None, ""):
 import numpy as np
 from prettytable import PrettyTable
 
-from benchmarks.head_child import peak_bytes, reset_peak
 from tools.clean.analysis import analyse
 from tools.clean.faults import KINDS, Planted, Score, best_threshold, findings_of, judge, nearest_centre_scores, plant
 from tools.clean.rows import Rows
@@ -38,6 +37,7 @@ from tools.clean.statistics import DEFAULT_RULE, Rule
 from tools.demo.data import load_faces
 from utils.errors import UserError, one_line_errors
 from utils.files import write_json
+from utils.system import peak_bytes, reset_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 HALVES = ("1-20", "21-40")

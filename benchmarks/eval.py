@@ -33,12 +33,12 @@ from sklearn.metrics import roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
-from benchmarks.head_child import peak_bytes, reset_peak
 from eval.identification import cmc, pair_recall
 from eval.metrics import ACCURACY_GRID, FARS, VAL_GRID, tar_at_far, verification_metrics
 from eval.search import search
 from eval.templates import pool_templates, score_pairs
 from utils.errors import UserError, one_line_errors
+from utils.system import peak_bytes, reset_peak
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_IMAGES, NUM_GALLERY, NUM_PROBES = 469_375, 3_531, 19_593

@@ -81,10 +81,11 @@ def run_child(name: str, threads: int) -> None:
     """Our side: one head, a step for each line of input."""
     import numpy as np
     import paddle
-    from head_child import reset_peak, serve
+    from head_child import serve
 
     from losses import build_margin
     from partial_fc import PartialFC
+    from utils.system import reset_peak
 
     paddle.set_device("cpu")
     base = reset_peak()

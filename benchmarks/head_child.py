@@ -4,18 +4,8 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
-
-def reset_peak() -> int:
-    """Forget this process's peak memory; returns what it holds now, bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Peak memory of this process since ``reset_peak``, bytes."""
-    return _status_bytes("VmHWM")
+from utils.system import peak_bytes
 
 
 def serve(build, base_bytes: int) -> None:
@@ -33,10 +23,3 @@ def serve(build, base_bytes: int) -> None:
         loss = step()
         seconds = time.perf_counter() - start
         print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak_bytes() - base_bytes}), file=reply)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")

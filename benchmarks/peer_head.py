@@ -10,10 +10,16 @@ margin, applied to the targets alone.
 
 import math
 import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from head_child import reset_peak, serve
+from head_child import serve
 from torch.nn.functional import linear, normalize
+
+from utils.system import reset_peak
 
 
 class _SoftmaxLoss(torch.autograd.Function):

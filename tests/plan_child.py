@@ -10,9 +10,9 @@ import paddle
 import threadpoolctl  # noqa: F401  (an import of the head, so that it does not count)
 
 from backbones import build_backbone
-from benchmarks.head_child import peak_bytes, reset_peak
 from losses import build_margin
 from partial_fc import PartialFC
+from utils.system import peak_bytes, reset_peak
 
 
 def main() -> None:

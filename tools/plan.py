@@ -28,7 +28,7 @@ from paddle.base import core
 
 from backbones import build_backbone
 from utils.errors import UserError, one_line_errors
-from utils.system import available_memory
+from utils.system import available_memory, peak_bytes, reset_peak
 
 GIB = 2**30
 FLOAT = 4
@@ -224,22 +224,6 @@ def probe(name: str, embedding_size: int, device: str, recompute: bool) -> None:
     per_image = (peaks[many] - peaks[few]) // (many - few)
     facts = {"parameters": parameters, "buffers": buffers}
     print(json.dumps({**facts, "fixed": peaks[few] - few * per_image, "per_image": per_image}))
-
-
-def reset_peak() -> int:
-    """Forget this process's peak; returns what it holds now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def peak_bytes() -> int:
-    """Peak of this process since ``reset_peak``."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
 
 
 if __name__ == "__main__":

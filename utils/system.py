@@ -186,6 +186,22 @@ def peak_memory_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def reset_peak() -> int:
+    """Forget the peak of this process's resident memory (Linux); returns what it holds now, bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def peak_bytes() -> int:
+    """Peak of this process's resident memory since ``reset_peak`` (Linux), bytes."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
 def advise_huge_pages(address: int, num_bytes: int) -> None:
     """Ask for huge pages in memory that is not written yet; nothing happens where the system has none.
 

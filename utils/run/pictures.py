@@ -5,8 +5,10 @@ They go into the event files and, as PNG, into the run directory: ``samples.png`
 (``log.plane_beside``) both are drawn side by side.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,11 +29,16 @@ from utils.run.plane import (
     write_png,
 )
 
+if TYPE_CHECKING:
+    from config import Config
+    from utils.data.source import Source
+    from utils.run.log import RunLog
+
 MAX_IMAGES = 5000  # of the plane
 BATCH = 250
 
 
-def open_pictures(config, log, build_source) -> "Pictures | None":
+def open_pictures(config: "Config", log: "RunLog", build_source: Callable[..., "Source"]) -> "Pictures | None":
     """The pictures that a ``config.Config`` asks for, None if it asks for none.
 
     The plane shows the test split where the data has one. ``build_source``: ``dataset.build_source``.
@@ -57,8 +64,8 @@ class Pictures:
 
     Args:
         run_dir: the run directory.
-        log: ``utils.run.log.RunLog`` (``image``, ``scalars``, ``info``, ``event``).
-        source: images of the plane, a class of ``dataset.py``; None: no plane.
+        log: where pictures and angles go as well.
+        source: images of the plane; None: no plane.
         every_steps: cadence of the plane, in updates.
         title: above the plane.
         beside: run directory, or ``plane.npz``, of a run to draw on the left; skipped, with a word, until it exists.
@@ -68,8 +75,8 @@ class Pictures:
     def __init__(
         self,
         run_dir: str | Path,
-        log,
-        source=None,
+        log: "RunLog",
+        source: "Source | None" = None,
         every_steps: int = 0,
         title: str = "",
         beside: str | None = None,

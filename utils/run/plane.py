@@ -9,13 +9,13 @@ wedges that touch. ``measure_angles`` says the same in numbers, for any D.
 matplotlib is imported when a picture is drawn, never at import, and needs no display.
 """
 
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import written_whole
 
 PLANE_FILE = "plane.npz"  # in a run directory: the last plane, as arrays
 PANEL_INCHES = 6.0
@@ -96,10 +96,8 @@ def measure_angles(plane: Plane) -> Angles:
 
 
 def save_plane(path: str | Path, plane: Plane) -> None:
-    """Arrays of one plane as ``.npz``, written aside and renamed."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
+    """Arrays of one plane as ``.npz``, in one piece."""
+    with written_whole(path) as aside, open(aside, "wb") as file:
         np.savez_compressed(
             file,
             embedding=np.asarray(plane.embedding_ND, np.float32),
@@ -108,7 +106,6 @@ def save_plane(path: str | Path, plane: Plane) -> None:
             title=np.array(plane.title),
             step=np.array(plane.step),
         )
-    aside.replace(path)
 
 
 def load_plane(path: str | Path) -> Plane:
@@ -188,13 +185,10 @@ def image_grid(image_BCHW: np.ndarray, columns: int = 8) -> np.ndarray:
 
 
 def write_png(path: str | Path, image_HWC: np.ndarray) -> None:
-    """uint8 RGB [H, W, 3] -> PNG file, written aside and renamed."""
+    """uint8 RGB [H, W, 3] -> PNG file, in one piece; the folder is made if it is missing."""
     from matplotlib import image as matplotlib_image
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    matplotlib_image.imsave(buffer, image_HWC, format="png")
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(buffer.getvalue())
-    aside.replace(path)
+    with written_whole(path) as aside:
+        matplotlib_image.imsave(aside, image_HWC, format="png")
