@@ -35,7 +35,8 @@ def run_ranks(
         path = Path(script) if "\n" not in str(script) else Path(folder) / "ranks_main.py"
         if path.parent == Path(folder):
             path.write_text(str(script))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **(env or {})}
         for name in [name for name in environment if name.startswith("PADDLE_") and name not in (env or {})]:
             del environment[name]
         log_dir = Path(folder) / "log"
