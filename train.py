@@ -215,6 +215,8 @@ def open_source(config: Config) -> tuple:
     try:
         source = build_source(data.kind, **config.source_options())
     except FileNotFoundError as error:
+        if data.list_file is not None and error.filename is not None and str(error.filename) == str(data.list_file):
+            raise UserError(f"data.list_file: {data.list_file}: no such file; name the list of the images") from None
         raise UserError(f"{error}; put the data set there or set data.root=FOLDER ({WHERE_DATA_IS})") from None
     if len(source) == 0:
         raise UserError(f"{place}: no images in it")

@@ -1,9 +1,12 @@
 """tools/convert.py and the readers under it: real PyTorch files, real ONNX exports, hostile and wrong ones."""
 
+import argparse
 import io
 import os
 import pickle
 import zipfile
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -616,3 +619,51 @@ def test_engine_of_an_onnx_file_names_what_it_cannot_take(tmp_path):
     with pytest.raises(UserError, match="not an ONNX file that can be read"):
         load_embedder(tmp_path / "b.onnx")
     assert OnnxEngine.name == "onnx"
+
+
+# --- checkpoints of trainers, with objects of their own beside the weights
+
+
+def lightning(peer, path: Path, **extra) -> dict:
+    """What such a trainer saves: the state under a prefix, and paths, arguments, sets and a bomb beside it."""
+    foreign = {
+        "callbacks": {"best": {"folder": path.parent, "seen": {1, 2}, ("a", 1): frozenset("ab")}},
+        "hyper_parameters": {"args": argparse.Namespace(lr=0.1, sizes=[1, 2]), "lists": defaultdict(list, a=[1])},
+        "dtype": torch.float16,
+        "device": torch.device("cpu"),
+        "bomb": Bomb(path.parent / "ran"),
+    }
+    return {"state_dict": {f"model.{name}": value for name, value in peer.state_dict().items()}, **foreign, **extra}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
+def test_foreign_objects_beside_the_weights_are_passed_over(tmp_path, peer, zipped):
+    """They are neither made nor run; the weights are those of the bare state."""
+    path = tmp_path / "epoch=3.ckpt"
+    torch.save(lightning(peer, path), path, _use_new_zipfile_serialization=zipped)
+    torch.save(peer.state_dict() | {"args": argparse.Namespace(lr=0.1)}, tmp_path / "bare.pt")
+    found, expected = read_state(path), read_state(tmp_path / "bare.pt")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_weight_that_is_foreign_is_refused_by_name(tmp_path, peer):
+    """What the weights themselves need cannot be passed over."""
+    state = peer.state_dict()
+    state["conv1.weight"] = state["conv1.weight"].to_sparse()
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"conv1\.weight is a torch\._utils\._rebuild_sparse_tensor"):
+        read_state(tmp_path / "a.ckpt")
+    state["conv1.weight"] = Bomb(tmp_path / "ran")
+    torch.save(state, tmp_path / "b.pth")
+    with pytest.raises(UserError, match=r"b\.pth: conv1\.weight is a (posix|nt)\.system, .* not executed"):
+        read_state(tmp_path / "b.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("weight", ["text", Bomb("ran"), {"a": 1}])
+def test_class_centres_that_are_no_tensor(tmp_path, weight):
+    torch.save({"weight": weight}, tmp_path / "head.pt")
+    with pytest.raises(UserError, match=r"class centres .* expected, found nothing"):
+        read_head(tmp_path / "head.pt")

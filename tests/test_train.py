@@ -202,6 +202,7 @@ def attempt(name, *argv):
     say(name, [status, told.getvalue()])
 good = f"{folder}/good.yaml"
 attempt("missing", good, "data.kind=rec", f"data.root={folder}/nowhere")
+attempt("no list", good, "data.kind=list", f"data.list_file={folder}/none.lst")
 attempt("empty", good, "data.kind=folder", f"data.root={folder}/empty", "data.num_classes=null")
 attempt("classes", good, "data.kind=rec", f"data.root={folder}/rec", "data.num_classes=12")
 attempt("network", good, "model.network=iresnet51")
@@ -253,6 +254,7 @@ def test_bad_input_is_one_line_on_every_rank(tmp_path):
         outputs = [results(output) for output in run_ranks(source, 2, [tmp_path], timeout=200)]
     expected = {
         "missing": "nowhere/train.rec: no such file",
+        "no list": f"error: data.list_file: {tmp_path}/none.lst: no such file",
         "empty": "empty",
         "classes": "data.num_classes: 12",
         "network": "'iresnet51'; did you mean 'iresnet50'",

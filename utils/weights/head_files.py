@@ -90,7 +90,7 @@ def _check_cut(path: Path, rows: list[int]) -> None:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """``weight`` and perhaps ``momentum`` of one file."""
-    head = {key: value for key, value in _content(path).items() if value is not None}
+    head = {key: value for key, value in _content(path).items() if isinstance(value, np.ndarray)}
     weight = head.get("weight")
     if weight is None or weight.ndim != 2:
         found = "nothing" if weight is None else f"shape {list(weight.shape)}"
@@ -121,9 +121,12 @@ def _from_torch(path: Path, content: object) -> dict[str, np.ndarray | None]:
         return _pick(content)
     head = _pick(content["state_dict_softmax_fc"])
     optimizer = content.get("state_optimizer") or {}
-    states = optimizer.get("state", {}) if isinstance(optimizer, dict) else {}
-    buffers = [states[key].get("momentum_buffer") for key in sorted(states) if isinstance(states[key], dict)]
-    fitting = [b for b in buffers if isinstance(b, np.ndarray) and b.shape == head["weight"].shape]
+    states = optimizer.get("state") if isinstance(optimizer, dict) else None
+    states = states if isinstance(states, dict) else {}
+    numbers = sorted(key for key, state in states.items() if isinstance(key, int) and isinstance(state, dict))
+    buffers = [states[number].get("momentum_buffer") for number in numbers]
+    shape = np.shape(head.get("weight"))
+    fitting = [b for b in buffers if isinstance(b, np.ndarray) and b.shape == shape]
     # The class weight is the optimiser's last parameter; a linear layer before it could have the same shape.
     return {**head, "momentum": fitting[-1] if fitting else head.get("momentum")}
 

@@ -9,12 +9,14 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import UserError
 from utils.files import written_whole
+from utils.weights.safe_pickle import Name
 
 TORCH = (".pt", ".pth", ".ckpt", ".tar")
 RENAMED = {"running_mean": "_mean", "running_var": "_variance"}  # PyTorch -> Paddle, last part of a name
@@ -96,8 +98,15 @@ def backbone_part(content: object, path: str | Path) -> dict[str, np.ndarray]:
     state = {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
     if not state:
         keys = ", ".join(map(str, list(content)[:5])) or "none"
-        raise UserError(f"{path}: holds no named arrays; its keys are {keys}")
-    prefix = _prefix(state)
+        kind = next((value.full for value in content.values() if isinstance(value, Name)), None)
+        what = "" if kind is None else f" ({kind} is there, and nothing was executed: save model.state_dict())"
+        raise UserError(f"{path}: holds no named arrays; its keys are {keys}{what}")
+    foreign = {str(name): value.full for name, value in content.items() if isinstance(value, Name)}
+    prefix = _prefix([*state, *foreign])
+    for name, kind in foreign.items():
+        if name.startswith(prefix) and "." in name:  # a parameter's name; "args" beside a bare state is passed over
+            raise UserError(f"{path}: {name} is a {kind}, not a plain tensor, and was not executed; where it was "
+                            "trained, save the state with plain tensors")  # fmt: skip
     beside = [name for name in state if not name.startswith(prefix)]
     if beside and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
         more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
@@ -106,7 +115,7 @@ def backbone_part(content: object, path: str | Path) -> dict[str, np.ndarray]:
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _prefix(state: dict[str, np.ndarray]) -> str:
+def _prefix(state: Collection[str]) -> str:
     """What stands before every name of the backbone: before the stem of most tensors, or before all names."""
     before = {name[: -len(stem)] for name in state for stem in _STEMS if name == stem or name.endswith("." + stem)}
     if before:

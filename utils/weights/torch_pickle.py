@@ -98,8 +98,19 @@ _NAMES = {
 }
 
 
+class Foreign(Name):
+    """Stands for a class or function that no policy knows, and for all that the file would make of it: its name alone.
+
+    Checkpoints of trainers hold such things beside the weights (paths, arguments, callbacks). They are neither
+    imported nor made; who needs one of them refuses the file.
+    """
+
+    def __init__(self, full: str) -> None:
+        super().__init__(full, None)
+
+
 class _TorchUnpickler(SafeUnpickler):
-    """Adds tensors; their storages are named by persistent ids."""
+    """Adds tensors, whose storages are named by persistent ids, and passes over foreign objects (``Foreign``)."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         super().__init__(path, data, _NAMES)
@@ -111,17 +122,81 @@ class _TorchUnpickler(SafeUnpickler):
                 dtype = DTYPES.get(full.removeprefix("torch."))
                 if dtype is not None:
                     return self.storages.setdefault(key, _Storage(key, dtype, length))
+            case ("module", Foreign() as whole, *_):  # with its source text, in the layout before 1.6
+                return whole
         raise pickle.UnpicklingError(f"a persistent id that is no whole storage: {str(pid)[:60]}")
 
+    def find_class(self, module: str, name: str) -> Name:
+        full = f"{module}.{name}"
+        return super().find_class(module, name) if full in self.names else Foreign(full)
+
+    def load_reduce(self) -> None:
+        if isinstance(self.stack[-2], Foreign):
+            self.stack.pop()
+        else:
+            SafeUnpickler.load_reduce(self)
+
+    def load_newobj(self) -> None:
+        self.stack.pop()
+        self._must_be_foreign()
+
+    def load_newobj_ex(self) -> None:
+        del self.stack[-2:]
+        self._must_be_foreign()
+
+    def _must_be_foreign(self) -> None:
+        if not isinstance(self.stack[-1], Foreign):
+            raise pickle.UnpicklingError("an object made of what is no class")
+
+    def load_build(self) -> None:
+        if isinstance(self.stack[-2], Foreign):
+            self.stack.pop()
+        else:
+            SafeUnpickler.load_build(self)
+
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        if not isinstance(self.stack[-1], Foreign):
+            self.stack[-1].append(value)
+
+    def load_appends(self) -> None:
+        values = self.pop_mark()
+        if not isinstance(self.stack[-1], Foreign):
+            self.stack[-1].extend(values)
+
+    def load_empty_set(self) -> None:
+        self.append(Foreign("builtins.set"))
+
+    def load_additems(self) -> None:
+        self.pop_mark()
+        self._must_be_foreign()
+
+    def load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(Foreign("builtins.frozenset"))
+
+    def _set(self, items: list) -> None:
+        """Items of foreign objects, and those whose key names no weight (a tuple, say), are passed over unhashed."""
+        if isinstance(self.stack[-1], Foreign):
+            return
+        pairs = zip(items[::2], items[1::2], strict=True)
+        SafeUnpickler._set(self, [part for pair in pairs if isinstance(pair[0], str | bytes | int) for part in pair])
+
     dispatch = SafeUnpickler.dispatch.copy_with(pickle.BINPERSID[0])
+    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.NEWOBJ_EX[0]: load_newobj_ex}
+    dispatch |= {pickle.BUILD[0]: load_build, pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends}
+    dispatch |= {pickle.EMPTY_SET[0]: load_empty_set, pickle.ADDITEMS[0]: load_additems}
+    dispatch |= {pickle.FROZENSET[0]: load_frozenset}
 
 
 def load_torch(path: str | os.PathLike) -> object:
     """What ``torch.save`` wrote: dicts, lists, strings, numbers; tensors as numpy arrays (bfloat16 as float32).
 
+    Objects of other kinds inside it are ``Foreign``, with nothing in them; nothing of the file is executed.
+
     Raises:
         OSError: the file cannot be read.
-        UnsafePickleError: anything but plain data and tensors is in it (a whole module, say), or it is cut or damaged.
+        UnsafePickleError: the whole of it is such an object (a module, say), or it is cut or damaged.
     """
     path = Path(path)
     with open(path, "rb") as file:
@@ -188,7 +263,12 @@ def _with_arrays(path: Path, value: object, arrays: dict[str, np.ndarray]) -> ob
     def view(item: object) -> object:
         return item.view(arrays[item.storage.key]) if isinstance(item, _Tensor) else item
 
-    return finished(path, value, PLAIN, view)
+    if isinstance(value, Foreign):
+        raise UnsafePickleError(
+            f"{path}: holds a {value.full}, not named weights; nothing was executed. Where it was trained, "
+            f"torch.save(model.state_dict(), ...) writes what is read here"
+        )
+    return finished(path, value, (*PLAIN, Foreign), view)
 
 
 def save_torch(path: str | os.PathLike, content: object) -> None:
