@@ -163,7 +163,9 @@ def _ijb(network: str, folder: Path, threads: int):
         start = time.perf_counter()
         protocol = read_csv_protocol(folder)
         with tempfile.TemporaryDirectory() as cache:
-            features = protocol_features(protocol, lambda: embedder, "weights", Path(cache) / "f.npy", threads)
+            features = protocol_features(
+                protocol, lambda: embedder, "weights", Path(cache) / "f.npy", num_threads=threads
+            )
             evaluate_templates(protocol, features.feature_N2D, Setting())
         return {"network": alone, "whole": time.perf_counter() - start}
 
