@@ -61,7 +61,7 @@ def test_numpy_labels(tmp_path, kind):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-LFS pointer"),
         (b"\n<!DOCTYPE html><html><body>404</body></html>", "HTML"),
-        (gzip.compress(b"x" * 100), "gzip"),
+        (gzip.compress(b"x" * 100, mtime=0), "gzip"),
         (b"PK\x03\x04" + bytes(60), "zip archive"),
         (bytes(600), "zeros"),
     ],
