@@ -30,6 +30,7 @@ if __package__ in (None, ""):
 
 import numpy as np
 
+from dataset import recognise
 from eval.approximate import ApproximateSearch, build_index, index_path
 from eval.embed import ENGINES, Embedder, load_embedder
 from eval.gallery import About, Gallery, Match, Threshold, unit_float32, write_gallery
@@ -65,10 +66,8 @@ def open_photos(source: Path, size: int, detector: str | None, args: argparse.Na
     Raises:
         UserError: nothing there that can be enrolled.
     """
-    is_set = source.suffix == ".rec" or (source.is_dir() and any(
-        entry.name == f"{args.prefix}.rec" or entry.name.endswith((".tar", ".tar.gz")) for entry in source.iterdir()
-    ))  # fmt: skip
-    if is_set or (source.is_file() and not is_image_name(source)):
+    kind = None if is_image_name(source) else recognise(source, args.prefix)
+    if kind in ("rec", "wds", "list"):
         return _open_data_set(source, size, args)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
@@ -101,15 +100,15 @@ def _person(name: str) -> str:
 
 def _open_data_set(path: Path, size: int, args: argparse.Namespace) -> Photos:
     source = open_source(path, args.prefix)
-    labels = [int(source.fetch(i)[1]) for i in range(len(source))]
-    if not labels:
+    if not len(source):
         raise UserError(f"{path}: no images in it")
-    names = read_text_lines(args.names) if args.names is not None else None
-    if names is not None and max(labels) >= len(names):
-        raise UserError(f"{args.names}: {len(names)} names, but {path} has label {max(labels)}; one name a line, "
-                        "label 0 first, was expected")  # fmt: skip
+    labels = [int(label) for label in source.read_labels()]
+    names = read_text_lines(args.names) if args.names is not None else source.identities
+    if names is not None and not 0 <= min(labels) <= max(labels) < len(names):
+        raise UserError(f"{args.names or path}: {len(names)} names, but {path} has labels {min(labels)} to "
+                        f"{max(labels)}; one name a line, label 0 first, was expected")  # fmt: skip
     images = NetworkImages(lambda i: source[i][0], len(source), size, source.describe, args.resize)
-    person = [args.name or (names[label] if names is not None else str(label)) for label in labels]
+    person = [args.name or str(label if names is None else names[label]) for label in labels]
     stat = path.stat()
     return Photos(images, person, source.describe, digest([path.resolve(), stat.st_mtime_ns, len(labels), labels]))
 

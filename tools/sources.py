@@ -6,11 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import SOURCES, Source, build_source
+from dataset import Source, build_source, recognise
 from utils.decode import fit_image
 from utils.errors import UserError
-
-_SHARDS = (".tar", ".tar.gz", ".tgz")
 
 
 def open_source(path: str | Path, prefix: str = "train") -> Source:
@@ -25,28 +23,17 @@ def open_source(path: str | Path, prefix: str = "train") -> Source:
         UserError: nothing there that is a data set.
         OSError: a file cannot be read.
     """
-    path = Path(path)
-    if path.suffix == ".rec" or (path / f"{prefix}.rec").is_file():
-        return build_source("rec", root=path, prefix=prefix)
-    if path.is_dir():
-        if any(entry.name.endswith(_SHARDS) for entry in path.iterdir()):
-            return _shards(path)
+    path, kind = Path(path), recognise(path, prefix)
+    if kind is None:
+        raise UserError(f"{path}: no such data set; a folder with {prefix}.rec, a folder of identities, tar shards or "
+                        "a list of 'path label' lines was expected")  # fmt: skip
+    if kind == "folder":
         others = sorted(entry.name for entry in path.glob("*.rec"))
         if others:
             raise UserError(f"{path}: no {prefix}.rec in it, but {others[0]}; give --prefix {Path(others[0]).stem}")
-        return build_source("folder", root=path)
-    if path.name.endswith(_SHARDS) or any(mark in str(path) for mark in "*{"):
-        return _shards(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such data set; a folder with {prefix}.rec, a folder of identities or a list of "
-                        "'path label' lines was expected")  # fmt: skip
-    return build_source("list", list_file=path)
-
-
-def _shards(path: Path) -> Source:
-    if "wds" not in SOURCES:
-        raise UserError(f"{path}: tar shards cannot be read here; unpack them to a folder an identity")
-    return build_source("wds", root=path)
+    if kind == "list":
+        return build_source("list", list_file=path)
+    return build_source(kind, root=path, **({"prefix": prefix} if kind == "rec" else {}))
 
 
 class NetworkImages:

@@ -134,7 +134,7 @@ def _open_ijb(path: Path, name: str) -> TestSet:
 
 def _open_records(path: Path, name: str) -> TestSet:
     source = open_source(path)
-    labels = np.array([source.fetch(i)[1] for i in range(len(source))], np.int64)
+    labels = np.asarray(source.read_labels(), np.int64)
     keys = [[str(key)] for key in source.keys]
     return TestSet(name, lambda i, size: source[i][0], keys, labels, source_stamp(source, path))
 
