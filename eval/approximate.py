@@ -15,6 +15,7 @@ from eval.gallery import Gallery, Match
 from utils.errors import UserError
 from utils.files import write_json, written_whole
 from utils.progress import progress_bar
+from utils.system import release_pages
 
 _WANTED_RECALL = 0.99
 _PROBES = 200  # photos that recall is measured on
@@ -61,6 +62,7 @@ def build_index(gallery: Gallery, seed: int = 0, show_progress: bool | None = No
         for first in range(0, count, _ROWS_PER_BLOCK):
             block = np.ascontiguousarray(gallery.embedding_RD[first : first + _ROWS_PER_BLOCK])
             index.add(block)
+            release_pages(gallery.embedding_RD)
             advance(len(block))
     probe_R = np.sort(rng.permutation(count)[:_PROBES])
     exact_QK = _nearest_rows(gallery, probe_R, min(10, count - 1))
@@ -96,6 +98,7 @@ def _nearest_rows(gallery: Gallery, probe_R: np.ndarray, count: int) -> np.ndarr
         row_QB = np.concatenate([row_QK, np.broadcast_to(row_B, score.shape)], 1)
         best = np.argsort(-score_QB, axis=1, kind="stable")[:, :count]
         score_QK, row_QK = np.take_along_axis(score_QB, best, 1), np.take_along_axis(row_QB, best, 1)
+        release_pages(gallery.embedding_RD)
     return row_QK
 
 

@@ -27,6 +27,7 @@ from eval.vectors import row_norms
 from utils.errors import UserError
 from utils.files import describe_file, written_whole
 from utils.progress import progress_bar
+from utils.system import release_pages
 
 FORMAT = "arcface-paddle-pfc gallery 1"
 MOST_PROBES = 5000  # photos that a threshold is measured on
@@ -149,6 +150,7 @@ class Gallery:
         height = max(1, _BLOCK_BYTES // (4 * self.embedding_RD.shape[1]))
         for first in range(0, len(self), height):
             yield first, np.asarray(self.embedding_RD[first : first + height])
+            release_pages(self.embedding_RD)
 
     def _best_of_people(self, query_QD: np.ndarray) -> np.ndarray:
         best_QG = np.full((len(query_QD), len(self.names)), -np.inf, np.float32)
@@ -321,6 +323,7 @@ def measure_strangers(gallery: Gallery, seed: int = 0, show_progress: bool | Non
             for probe in own.tolist():
                 score_PB[probe, max(0, begin_P[probe] - first) : end_P[probe] - first] = -np.inf
             np.maximum(best_P, score_PB.max(1), out=best_P)
+            release_pages(gallery.embedding_RD)
             advance(score_PB.shape[1])
     return best_P
 

@@ -37,7 +37,7 @@ def people(sizes, noise=0.6, seed=0, size=SIZE):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks in every pass."""
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 4 * SIZE * 17)
+    monkeypatch.setattr(rows, "_READ_BYTES", 4 * SIZE * 17)
     monkeypatch.setattr(analysis, "BLOCK_BYTES", 4 * SIZE * 17)
 
 
@@ -211,7 +211,7 @@ def test_well_separated_people_are_judged_without_mistake(seed, small_blocks):
 def test_blocks_do_not_matter(monkeypatch):
     given, planted = planted_well(5)
     whole = analyse(Rows.of(given[planted.row_N], planted.label_N), show_progress=False)
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 4 * SIZE * 5)
+    monkeypatch.setattr(rows, "_READ_BYTES", 4 * SIZE * 5)
     monkeypatch.setattr(analysis, "BLOCK_BYTES", 4 * SIZE * 11)
     cut = analyse(Rows.of(given[planted.row_N], planted.label_N), show_progress=False)
     assert set(whole.outlier_F.tolist()) == set(cut.outlier_F.tolist())

@@ -9,10 +9,13 @@ import collections
 import ctypes
 import functools
 import math
+import mmap
 import os
 import platform
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from utils.errors import UserError
 
@@ -214,6 +217,16 @@ def advise_huge_pages(address: int, num_bytes: int) -> None:
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     if last > first:
         libc.madvise(first, last - first, _MADV_HUGEPAGE)
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Let go of the pages of a file-backed ``np.memmap`` that were read; they stay in the system's cache of files.
+
+    Else a pass over a file fills this process's resident memory with it. Nothing happens to arrays in memory, and where
+    the system cannot.
+    """
+    if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and not array.flags.writeable:
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def keep_freed_memory(huge_bytes: int | None = None) -> bool:

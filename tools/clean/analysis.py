@@ -294,8 +294,8 @@ def _clean_sums(rows, rule, part_N, identity_K, typical, rng, show_progress):
     left_K = np.bincount(part_N[counted_N], minlength=num_parts)
     counted_N |= (left_K < count_K / 2)[part_N]  # most of a part unlike the rest: nobody knows which is right
     dropped = np.flatnonzero(~counted_N)
-    for first in range(0, len(dropped), 8192):
-        image_B = dropped[first : first + 8192]
+    for first in range(0, len(dropped), 1024):
+        image_B = dropped[first : first + 1024]
         add_to_sums(part_N[image_B], rows.unit(image_B), np.full(len(image_B), -1, np.float32), sum_KD)
     return sum_KD, np.bincount(part_N[counted_N], minlength=num_parts), _Members(threshold, counted_N)
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from eval.vectors import row_norms
 from utils.errors import UserError
+from utils.system import release_pages
 
-BLOCK_BYTES = 1 << 26  # of one array of a pass
+BLOCK_BYTES = 1 << 26  # of a block of products
+_READ_BYTES = 1 << 24  # of rows read at once: at random places, each brings its neighbours into memory
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Rows:
             UserError: a row is zero or not finite.
         """
         row_BD = np.asarray(self.feature_ND[image_B], np.float32)
+        release_pages(self.feature_ND)
         norm_B = row_norms(row_BD)
         bad = ~(np.isfinite(norm_B) & (norm_B > 0))
         if bad.any():
@@ -78,7 +81,7 @@ class Rows:
 
     def blocks(self, height: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(image numbers, unit rows) of all images in the order of their identities."""
-        height = height or max(1, BLOCK_BYTES // (4 * self.embedding_size))
+        height = height or max(1, _READ_BYTES // (4 * self.embedding_size))
         for first in range(0, len(self), height):
             image_B = self.order_N[first : first + height]
             yield image_B, self.unit(image_B)
@@ -88,7 +91,7 @@ class Rows:
 
         An identity of more rows than a block comes in several pieces.
         """
-        most = max(1, BLOCK_BYTES // (4 * self.embedding_size))
+        most = max(1, _READ_BYTES // (4 * self.embedding_size))
         first = 0
         while first < self.num_identities:
             end = self.start_L[first] + most
