@@ -19,6 +19,7 @@ meanings, so here the word only ever means "keep"):
 
 import argparse
 import sys
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
 
 if __package__ in (None, ""):

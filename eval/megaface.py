@@ -13,6 +13,7 @@ those same pairs (each once), impostor pairs are all probe x distractor pairs, F
 
 import argparse
 import sys
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
 
 if __package__ in (None, ""):

@@ -9,6 +9,7 @@ JSON and CSV, with ROC curve, score histogram and the most confident errors as p
 
 import argparse
 import sys
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
 
 if __package__ in (None, ""):

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
 
 if __package__ in (None, ""):

@@ -21,6 +21,7 @@ Up to a million photos are searched exactly; larger galleries by an index (``pip
 
 import argparse
 import sys
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

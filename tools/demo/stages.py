@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
