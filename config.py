@@ -99,7 +99,7 @@ class DataConfig(Section):
 
     @property
     def folder(self) -> str | None:
-        """Where verification sets lie unless told: the data set, the first one of several."""
+        """Where verification sets lie unless ``verify.root`` says: the data set, the first one of several."""
         return self.root[0] if isinstance(self.root, tuple) and self.root else self.root or None
 
 

@@ -38,6 +38,7 @@ from tools.demo.data import load_faces
 from utils.errors import UserError, one_line_errors
 from utils.files import write_json
 from utils.system import peak_bytes, reset_peak
+from utils.vectors import scale_to_unit
 
 ROOT = Path(__file__).resolve().parent.parent
 HALVES = ("1-20", "21-40")
@@ -68,7 +69,7 @@ def embed(run: Path) -> tuple[np.ndarray, np.ndarray]:
 
     faces = load_faces(ROOT / "data" / "orl")
     raw = network_embed(run)(faces.image_NHW)
-    return (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32), faces.person_N
+    return scale_to_unit(raw).astype(np.float32), faces.person_N
 
 
 def judge_half(unit_ND: np.ndarray, sets: list[Planted], rule: Rule) -> dict[str, Score]:

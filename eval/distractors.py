@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.vectors import unit_rows
 from utils.errors import UserError
 from utils.files import written_whole
 from utils.progress import progress_bar
 from utils.text import read_text_lines
+from utils.vectors import unit_rows
 
 SIZES = (10, 100, 1_000, 10_000, 100_000, 1_000_000)
 FARS = (1e-6, 1e-5, 1e-4, 1e-3)

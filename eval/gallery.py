@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.vectors import row_norms
 from utils.errors import UserError
 from utils.files import describe_file, written_whole
 from utils.progress import progress_bar
 from utils.system import release_pages
+from utils.vectors import row_norms
 
 FORMAT = "arcface-paddle-pfc gallery 1"
 MOST_PROBES = 5000  # photos that a threshold is measured on

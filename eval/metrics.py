@@ -12,9 +12,9 @@ from functools import partial
 
 import numpy as np
 
-from eval.vectors import scale_to_unit
 from utils.errors import UserError
 from utils.system import threads_of_rank
+from utils.vectors import scale_to_unit
 
 ACCURACY_GRID = (0.0, 4.0, 0.01)
 VAL_GRID = (0.0, 4.0, 0.001)

@@ -15,11 +15,11 @@ from eval.bins import load_bin
 from eval.embed import CHECKED_IMAGES, Embedder, load_embedder, start
 from eval.metrics import VerificationMetrics, accuracy_at, distance_metrics, pair_distances
 from eval.remarks import norm_remarks, score_remarks, set_remarks
-from eval.vectors import row_norms
 from utils import distributed
 from utils.decode import fit_image
 from utils.errors import UserError
 from utils.progress import progress_bar
+from utils.vectors import row_norms
 
 KNOWN_SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw", "vgg2_fp", "cfp_ff")
 Pairs = tuple[np.ndarray, np.ndarray]  # images uint8 [2P, H, W, 3] RGB, same bool [P]

@@ -13,8 +13,8 @@ from eval.metrics import FARS, TarAtFar, tar_at_far
 from eval.protocols import SubjectList, TemplateProtocol
 from eval.search import search
 from eval.templates import pool_templates, score_pairs
-from eval.vectors import scale_to_unit
 from utils.errors import UserError
+from utils.vectors import scale_to_unit
 
 
 @dataclass(frozen=True)

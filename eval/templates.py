@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from scipy import sparse
 
-from eval.vectors import scale_to_unit
 from utils.errors import UserError
 from utils.system import threads_of_rank
+from utils.vectors import scale_to_unit
 
 _ROWS_PER_BLOCK = 1024
 _SCORES_PER_BLOCK = 72 << 20  # 600 MB: all of IJB-C at once

@@ -1,4 +1,4 @@
-"""Backbones against PyTorch twins: outputs, gradients, running statistics, counts, options (traps 25-31 and 62)."""
+"""Backbones against PyTorch twins: outputs, gradients, running statistics, counts, options."""
 
 import copy
 
@@ -76,7 +76,7 @@ def backward(layer, image, cotangent):
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("training", [True, False])
 def test_float64_equals_torch(name, training, float64):
-    """Outputs, gradients of every weight and of the image to 1e-8; statistics after the step (traps 25, 26, 29)."""
+    """Outputs, gradients of every weight and of the image to 1e-8; statistics after the step."""
     ours, twin, image, cotangent = make_pair(name)
     before = {twins.twin_name(n): v.numpy().copy() for n, v in ours.state_dict().items()}
     ours.train() if training else ours.eval()

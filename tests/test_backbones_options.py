@@ -69,7 +69,7 @@ def test_narrow_counts_follow_from_the_definition():
 
 @pytest.mark.oldest
 def test_last_scale_stays_one():
-    """Trap 26: not trained, not decayed."""
+    """Not trained, not decayed."""
     paddle.seed(0)
     layer = build_backbone("r18", width=4, input_size=16, embedding_size=8)
     trained = [p for p in layer.parameters() if not p.stop_gradient]
@@ -128,7 +128,7 @@ def test_recompute_changes_nothing(name, float64):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.25, 0.5, 0.75])
 def test_vit_masks_its_ratio(ratio):
-    """Trap 62: in training the blocks see int(L * (1 - ratio)) tokens, other ones for every sample; in eval all."""
+    """In training the blocks see int(L * (1 - ratio)) tokens, other ones for every sample; in eval all."""
     layer = build_backbone("vit_t", width=16, mask_ratio=ratio, drop_path=0.0)
     seen = []
     layer.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numpy()))

@@ -105,7 +105,7 @@ def test_model_section_is_what_build_backbone_takes():
     assert config.model.kwargs() == {"embedding_size": 512, "dropout": 0.0, "width": 32, "input_size": 112}
 
 
-def test_ancestor_flags_and_their_order(tmp_path):
+def test_arcface_paddle_flags_and_their_order(tmp_path):
     path = write(tmp_path, "optim: {lr: 0.2}\n")
     default = ROOT / "configs" / "ms1mv2_r50.yaml"
 

@@ -93,7 +93,7 @@ OLDEST = [pytest.param(engine, marks=pytest.mark.oldest) for engine in ("dynamic
 
 @pytest.mark.parametrize("engine", [*OLDEST, "onnx", "openvino"])
 def test_every_engine_gives_the_embedding(engine, run_dir, layer):
-    """Against float64 numpy; more images than a batch and a last batch that is smaller (trap 50)."""
+    """Against float64 numpy; more images than a batch and a last batch that is smaller."""
     images = pictures(7)
     embedder = load_embedder(run_dir, engine=engine, batch_size=3)
     assert (embedder.engine, embedder.embedding_size, embedder.input_size) == (engine, 32, 112)

@@ -101,7 +101,7 @@ def test_hand_worked():
 
 
 def test_the_reference_scripts_numbers():
-    """Trap 57: its 'FAR' takes the k best impostor pairs of all, k = ceil(probes * far), as threshold."""
+    """Its 'FAR' takes the k best impostor pairs of all, k = ceil(probes * far), as threshold."""
     rng = np.random.default_rng(7)
     gallery, mate = rng.normal(size=(15, 5)), rng.integers(0, 15, 60)
     probe = gallery[mate] + rng.normal(size=(60, 5))

@@ -99,7 +99,7 @@ def test_switches_turn_off(mini, embedder, capsys):
 
 
 def test_switches_by_hand():
-    """Trap 54: N1 keeps the norm, N0 removes it; D1 weighs by the detector; F1 adds the mirror image."""
+    """N1 keeps the norm, N0 removes it; D1 weighs by the detector; F1 adds the mirror image."""
     rows, index, score = np.array([[[3.0, 4.0], [1.0, 0.0]]], np.float32), np.array([2]), np.array([9.0, 9.0, 0.5])
     expected = {
         (True, False, False): [3, 4],

@@ -56,14 +56,14 @@ def values(margin, cos, norm):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logit_is_the_papers(case):
-    """Trap 10: (1.0, 0.3, 0.2) is the true combination, neither of its margins is dropped."""
+    """(1.0, 0.3, 0.2) is the true combination, neither of its margins is dropped."""
     logit, _, _ = values(margin_of(case, s=64.0), COS, NORM)
     np.testing.assert_allclose(logit, 64 * CASES[case][1](COS, NORM), rtol=TIGHT, atol=TIGHT)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_derivatives_by_central_differences(case):
-    """Trap 9: the default gradient differentiates the margin. 0 and the kinks of piecewise forms are left out."""
+    """The default gradient differentiates the margin. 0 and the kinks of piecewise forms are left out."""
     formula, h = CASES[case][1], 1e-6
     cos, norm = COS[COS != 0], NORM[COS != 0]
     _, d_cos, d_norm = values(margin_of(case, s=30.0), cos, norm)
@@ -78,7 +78,7 @@ def test_derivatives_by_central_differences(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_straight_through_shifts_only_the_logit(case):
-    """Trap 9: arcface_torch's gradient is that of the plain scaled cosine at the shifted logit."""
+    """arcface_torch's gradient is that of the plain scaled cosine at the shifted logit."""
     exact = values(margin_of(case, s=64.0), COS, NORM)
     through = values(margin_of(case, s=64.0, gradient="straight_through"), COS, NORM)
     np.testing.assert_array_equal(through[0], exact[0])
@@ -89,7 +89,7 @@ def test_straight_through_shifts_only_the_logit(case):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", MARGINS)
 def test_finite_at_the_ends(name, dtype):
-    """Trap 11: cos = +-1, beyond it by rounding, and a norm of 0 give finite logits and derivatives."""
+    """cos = +-1, beyond it by rounding, and a norm of 0 give finite logits and derivatives."""
     cos = np.array([-1.0, -1.0000001, 1.0, 1.0000001, 1 - 1e-7, 0.3], dtype)
     norm = np.array([1.0, 20.0, 1.0, 200.0, 1.0, 0.0], dtype)
     for part in build_margin(name).target(paddle.to_tensor(cos), paddle.to_tensor(norm)):

@@ -51,8 +51,8 @@ def test_multistep_equals_torch_by_epoch():
         reference.step()
 
 
-def test_step_is_the_ancestors_formula():
-    """lr * 0.1 ** len([m for m in [8, 14] if m - 1 <= epoch]), by epoch (peers, section 1.4)."""
+def test_step_is_arcface_paddles_formula():
+    """lr * 0.1 ** len([m for m in [8, 14] if m - 1 <= epoch]), by epoch."""
     schedule = LrSchedule("step", 0.1, 3, 48, milestones=(8, 14))
     for epoch in range(16):
         expected = 0.1 * 0.1 ** len([m for m in (8, 14) if m - 1 <= epoch])

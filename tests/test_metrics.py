@@ -78,7 +78,7 @@ def test_hand_worked_folds():
 
 
 def test_val_is_reported_and_linear_between_grid_points():
-    """Trap 51: the public code drops VAL, and today's scipy refuses its interpolation over repeated FAR values."""
+    """The public code drops VAL, and today's scipy refuses its interpolation over repeated FAR values."""
     # The other fold's impostors lie at 1.0005 and 2.0005, so its FAR is 0 up to 1.000, 1/2 from 1.001, 1 from 2.001.
     # FAR 0.25 is half way between grid points 1.000 and 1.001: threshold 1.0005.
     distance = np.array([0.1, 1.0002, 1.0008, 1.9, 0.1, 0.2, 1.0005 - 1e-9, 2.0005])
@@ -175,7 +175,7 @@ def test_tables_equal_scikit_learn_with_and_without_ties(monkeypatch, whole_curv
 
 
 def test_collinear_points_make_nearest_and_strict_differ():
-    """Trap 56, by hand: of a straight run only its end is left, so the nearest point may lie above the FAR."""
+    """By hand: of a straight run only its end is left, so the nearest point may lie above the FAR."""
     # Best first: 8 genuine, 9 impostors, 1 genuine, 1 impostor, all scores distinct. Corners: after the first score,
     # after the 8th (fps 0), after the 9th impostor (fps 9), after the genuine (9), after the last (10).
     same = [True] * 8 + [False] * 9 + [True, False]

@@ -1,4 +1,4 @@
-"""The draw of classes: what is kept, how many, and that negatives are uniform (traps 1, 17, 20)."""
+"""The draw of classes: what is kept, how many, and that negatives are uniform."""
 
 import numpy as np
 import pytest

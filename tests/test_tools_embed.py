@@ -336,7 +336,7 @@ def test_compare_without_any_threshold(tmp_path, run_dir, monkeypatch, capsys):
 
 
 def test_model_test_writes_the_table_of_all_sets(tmp_path, layer, capsys, monkeypatch):
-    """The ancestor's command; every .bin of the folder, the known ones first (trap 63: any network)."""
+    """arcface-Paddle's command, for any network: every .bin of the folder, the known ones first."""
     (tmp_path / "data").mkdir()
     for seed, name in enumerate(("zebra", "cplfw", "lfw")):
         write_bin(tmp_path / f"data/{name}.bin", 10, seed)

@@ -83,7 +83,7 @@ def test_command_writes_what_it_prints(tmp_path, capsys, embedder):
 
 
 def test_missing_sets_are_named_unless_allowed(tmp_path, capsys):
-    """Trap 44: sets that are missing are not skipped in silence."""
+    """Sets that are missing are not skipped in silence."""
     write_set(tmp_path, "lfw")
     with pytest.raises(SystemExit) as stop:
         main(["--model", "m", "--data-dir", str(tmp_path), "--target", "lfw,cfp_fp,calfw"])
@@ -137,7 +137,7 @@ def test_broken_set_is_one_line(tmp_path, capsys):
 
 
 def test_grey_and_odd_sized_images_and_sets_smaller_than_a_batch(tmp_path, embedder):
-    """Trap 50: the last-batch trick of the ancestors breaks on a set smaller than a batch."""
+    """arcface-Paddle fills its last batch with images before it, of which a small set has too few."""
     images, person = faces(3, 2)
     index, same = pairs_of(person, 6)
     encoded = [encode(images[k]) for k in index]
@@ -187,7 +187,7 @@ def test_lfw_from_a_folder_and_either_kind_of_pair_list(tmp_path, embedder):
     assert same.tolist() == [True, True, False, False]
     listed = tmp_path / "lfw_test_pair.txt"
     names = [f"Person_{k // 3}/Person_{k // 3}_{k % 3 + 1:04d}.png" for k in (0, 2, 7, 6, 0, 10, 4, 8)]
-    # No newline after the last line: one ancestor loses a character there.
+    # No newline after the last line: a reader that cuts the last character of every line loses one there.
     listed.write_text("\n".join(f"{names[2 * p]} {names[2 * p + 1]} {int(same[p])}" for p in range(4)))
     again, same_again = read_pair_list(listed, tmp_path / "lfw", 112)
     np.testing.assert_array_equal(again, wanted)

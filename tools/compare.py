@@ -27,12 +27,12 @@ from eval.bins import load_bin
 from eval.embed import Embedder, load_embedder
 from eval.options import add_device_option, add_engine_options
 from eval.remarks import score_remarks
-from eval.vectors import unit_rows
 from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import write_json
 from utils.photos.detect import build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces, read_landmarks
+from utils.vectors import unit_rows
 
 
 def unit_embedding(embedder: Embedder, images_NHWC: np.ndarray) -> np.ndarray:

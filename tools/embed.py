@@ -14,6 +14,7 @@ where there are any. Big folders stream at flat memory; an interrupted run goes 
 import argparse
 import json
 import sys
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -25,12 +26,12 @@ from eval.embed import load_embedder
 from eval.options import add_device_option, add_engine_options, print_warnings
 from eval.remarks import landmark_remarks
 from eval.stream import claimed, digest, embed_to_file
-from eval.vectors import row_norms
 from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import written_whole
 from utils.photos.detect import build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, read_landmarks
+from utils.vectors import row_norms
 
 
 def collect_faces(args: argparse.Namespace) -> list[Face]:

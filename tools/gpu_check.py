@@ -189,7 +189,7 @@ class Checker:
         self.rows_CD = head.export_weight()
 
     def settings(self, name: str, case: Case, device: str, updates: int) -> dict:
-        """Everything that ``train.py`` is told."""
+        """All settings of the run that ``train.py`` does."""
         size = self.sizes
         chosen = {
             "data.kind": "synthetic", "data.num_classes": size.classes, "data.num_images": 64 * size.batch,

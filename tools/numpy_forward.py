@@ -20,7 +20,7 @@ class Weights:
         self.state, self.from_torch = state, from_torch
 
     def get(self, name: str) -> np.ndarray:
-        """The array called ``name``, float64; the ancestor's ``._weight`` counts as ``.weight``."""
+        """The array called ``name``, float64; arcface-Paddle's ``._weight`` counts as ``.weight``."""
         if name not in self.state and name.endswith(".weight"):
             name = name.removesuffix("weight") + "_weight"
         return self.state[name].astype(np.float64)

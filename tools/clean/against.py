@@ -29,6 +29,7 @@ from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
 from utils.images import find_image_files
 from utils.photos.faces import read_image
+from utils.vectors import scale_to_unit
 
 _BEST = 8  # parts looked at for each test person
 _FEWEST_GROUPS = 5  # people from whom the test set's own typical agreement is measured
@@ -184,8 +185,7 @@ def find_overlap(
     for identity, images in found.items():
         number_F = np.unique(np.concatenate(images))
         parts = np.flatnonzero(findings.identity_K == identity)
-        centre_PD = findings.centre_sum_KD[parts]
-        centre_PD = centre_PD / np.maximum(np.linalg.norm(centre_PD, axis=1, keepdims=True), 1e-12)
+        centre_PD = scale_to_unit(findings.centre_sum_KD[parts])
         cos_F = (test_rows.unit(number_F) @ centre_PD.T).max(1)
         order = np.argsort(-cos_F, kind="stable")
         overlaps.append(Overlap(identity, number_F[order], cos_F[order]))

@@ -12,6 +12,7 @@ from tools.clean.against import find_overlap
 from tools.clean.analysis import analyse
 from tools.clean.rows import Rows
 from tools.clean.statistics import Rule
+from utils.vectors import scale_to_unit
 
 KINDS = ("outliers", "same_person", "several_people", "overlap")
 
@@ -127,8 +128,7 @@ def nearest_centre_scores(unit_ND: np.ndarray, planted: Planted) -> dict[str, di
     """
     unit_nD, label_N = unit_ND[planted.row_N], planted.label_N
     num_labels = int(label_N.max()) + 1
-    centre_LD = np.stack([unit_nD[label_N == label].mean(0) for label in range(num_labels)])
-    centre_LD /= np.linalg.norm(centre_LD, axis=1, keepdims=True)
+    centre_LD = scale_to_unit(np.stack([unit_nD[label_N == label].mean(0) for label in range(num_labels)]))
     own_NL = unit_nD @ centre_LD.T
     between_LL = centre_LD @ centre_LD.T
     test_ML = unit_ND[planted.row_M] @ centre_LD.T

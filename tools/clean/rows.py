@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.vectors import row_norms
 from utils.errors import UserError
 from utils.system import release_pages
+from utils.vectors import row_norms
 
 BLOCK_BYTES = 1 << 26  # of a block of products
 _READ_BYTES = 1 << 24  # of rows read at once: at random places, each brings its neighbours into memory

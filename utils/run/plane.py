@@ -16,6 +16,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import written_whole
+from utils.vectors import scale_to_unit
 
 PLANE_FILE = "plane.npz"  # in a run directory: the last plane, as arrays
 PANEL_INCHES = 6.0
@@ -57,8 +58,7 @@ class Angles:
 
 
 def _directions(vector_ND: np.ndarray) -> np.ndarray:
-    vector_ND = np.asarray(vector_ND, np.float64)
-    return vector_ND / np.maximum(np.linalg.norm(vector_ND, axis=1, keepdims=True), 1e-12)
+    return scale_to_unit(np.asarray(vector_ND, np.float64))
 
 
 def _degrees(cosine: np.ndarray) -> np.ndarray:
