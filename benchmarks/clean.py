@@ -37,6 +37,7 @@ from tools.clean.statistics import DEFAULT_RULE, Rule
 from tools.demo.data import load_faces
 from utils.errors import UserError, one_line_errors
 from utils.files import write_json
+from utils.launch import launch_command
 from utils.system import peak_bytes, reset_peak
 from utils.vectors import scale_to_unit
 
@@ -54,12 +55,10 @@ def train(people_unseen: str, folder: Path) -> Path:
         data = folder / f"data_without_{people_unseen}"
         cache = ["--cache", str(ROOT / "data" / "orl")]
         settings = [f"data.root={data}", f"run.output={run}", "checkpoint.resume=never"]
-        for command in (
-            ["tools/demo/data.py", "--output", str(data), *cache, "--unseen", people_unseen, "--seed", "1"],
-            ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(folder / "log"), "train.py",
-             "configs/orl_demo.yaml", *settings],
-        ):  # fmt: skip
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        prepare = ["tools/demo/data.py", "--output", str(data), *cache, "--unseen", people_unseen, "--seed", "1"]
+        learn = launch_command(2, "train.py", ["configs/orl_demo.yaml", *settings], folder / "log")
+        for command in ([sys.executable, *prepare], learn):
+            subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return run
 
 

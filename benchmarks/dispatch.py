@@ -37,6 +37,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))  # before this folder, which has an eval.py as well
 
 from benchmarks.train_step import machine, versions  # noqa: E402
+from utils.launch import launch_command  # noqa: E402
 
 WIDTH, INPUT_SIZE, EMBEDDING_SIZE, BATCH = 4, 32, 16, 4
 TIMED_CLASSES = 1000
@@ -139,20 +140,13 @@ def run(kind: str, words: list[str], num_ranks: int, environment: dict[str, str]
     with tempfile.TemporaryDirectory(prefix="dispatch_") as folder:
         out = Path(folder) / "found.json"
         if kind == "peer":
-            script = [str(ROOT / "benchmarks" / "peer_dispatch.py"), str(out), *words]
             start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+            command = [sys.executable, *start, str(ROOT / "benchmarks" / "peer_dispatch.py"), str(out), *words]
         else:
-            words = [*words, f"run.output={folder}/run"]
-            script = [__file__, "--child", kind, str(out), *words]
-            start = [
-                "-m",
-                "paddle.distributed.launch",
-                "--nproc_per_node",
-                str(num_ranks),
-                "--log_dir",
-                f"{folder}/log",
-            ]
-        command = [sys.executable, *(start if num_ranks > 1 or kind == "peer" else []), *script]
+            words = ["--child", kind, str(out), *words, f"run.output={folder}/run"]
+            command = [sys.executable, __file__, *words]
+            if num_ranks > 1:
+                command = launch_command(num_ranks, __file__, words, f"{folder}/log")
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
         )

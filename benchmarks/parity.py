@@ -19,7 +19,12 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
+
+from utils.launch import launch_command, rank_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 BOUND = 1e-3
@@ -47,7 +52,6 @@ PLAN = {
 
 def prepare(folder: Path, steps: int, lr: float) -> None:
     """Batches and learning rates, for both sides."""
-    sys.path.insert(0, str(ROOT))
     from dataset import SyntheticDataset
     from utils.model.schedule import LrSchedule
 
@@ -64,7 +68,6 @@ def prepare(folder: Path, steps: int, lr: float) -> None:
 
 def run_ours(folder: Path) -> None:
     """A rank of ours (under the launcher or alone): writes ``init_<ranks>.npz`` and ``ours_<ranks>.json``."""
-    sys.path.insert(0, str(ROOT))
     import paddle
 
     import train
@@ -104,11 +107,11 @@ def run_ours(folder: Path) -> None:
 
 def compare(folder: Path, num_ranks: int) -> dict:
     """Both sides on so many ranks; the case for the report."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PADDLE_")}
-    environment |= {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(num_ranks), "--log_dir", str(folder / "log")]
-    ours = [sys.executable, *(launch if num_ranks > 1 else []), __file__, "--child", str(folder)]
-    _run([ours], {**environment, "PADDLE_DISTRI_BACKEND": "gloo"})
+    environment = rank_environment("cpu", threads=1) | {"PYTHONWARNINGS": "ignore"}
+    ours = [sys.executable, __file__, "--child", str(folder)]
+    if num_ranks > 1:
+        ours = launch_command(num_ranks, __file__, ["--child", folder], folder / "log")
+    _run([ours], environment)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from utils.launch import launch_command, rank_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -36,15 +38,11 @@ def run_ranks(
         if path.parent == Path(folder):
             path.write_text(str(script))
         search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", **(env or {})}
-        for name in [name for name in environment if name.startswith("PADDLE_") and name not in (env or {})]:
-            del environment[name]
+        environment = {**rank_environment("cpu", threads=1), "PYTHONPATH": search, **(env or {})}
         log_dir = Path(folder) / "log"
         command = [sys.executable, str(path), *map(str, args)]
         if num_ranks > 1:
-            launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(num_ranks), "--log_dir", str(log_dir)]
-            command = [sys.executable, *launch, str(path), *map(str, args)]
-        environment.setdefault("PADDLE_DISTRI_BACKEND", "gloo")
+            command = launch_command(num_ranks, path, args, log_dir)
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, timeout=timeout, text=True, capture_output=True, check=False

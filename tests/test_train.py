@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
+from utils.launch import launch_command, rank_environment
 from utils.owner import claim
 from utils.run.checkpoint import list_checkpoints, load_checkpoint, read_meta
 
@@ -287,10 +287,8 @@ def test_bad_input_is_one_line_on_every_rank(tmp_path):
 
 def start(arguments, num_ranks, folder, extra=(), env=None):
     """train.py under the launcher, in the background."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PADDLE_")}
-    environment |= {"OMP_NUM_THREADS": "1", "PADDLE_DISTRI_BACKEND": "gloo", **(env or {})}
-    launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(num_ranks), "--log_dir", str(folder), *extra]
-    command = [sys.executable, *launch, str(ROOT / "train.py"), *map(str, arguments)]
+    environment = {**rank_environment("cpu", threads=1), **(env or {})}
+    command = launch_command(num_ranks, ROOT / "train.py", arguments, folder, extra)
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -32,6 +32,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.errors import UserError, one_line_errors
+from utils.launch import launch_command, rank_environment
 from utils.system import BF16_CAPABILITY, num_cores, without_machine_code
 
 OLDEST_PADDLE, NEWEST_PADDLE = (2, 6), (3, 3)
@@ -278,16 +279,13 @@ def check_ranks(timeout: float = 120.0) -> Finding:
 
     num_gpus = paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
     backend, num_ranks, device = ("nccl", num_gpus, "gpu") if num_gpus > 1 else ("gloo", 2, "cpu")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PADDLE_")}
-    environment |= {"OMP_NUM_THREADS": "1"} | ({"PADDLE_DISTRI_BACKEND": "gloo"} if backend == "gloo" else {})
     with tempfile.TemporaryDirectory() as folder:
-        launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(num_ranks), "--log_dir", folder]
+        command = launch_command(num_ranks, Path(__file__).resolve(), [RANK_PROGRAM, device], folder)
         start = time.perf_counter()
         try:
             done = subprocess.run(
-                [sys.executable, *launch, str(Path(__file__).resolve()), RANK_PROGRAM, device],
-                env=environment, timeout=timeout, capture_output=True, text=True, check=False,
-            )  # fmt: skip
+                command, env=rank_environment(device, 1), timeout=timeout, capture_output=True, text=True, check=False
+            )
         except subprocess.TimeoutExpired:
             advice = "ranks cannot reach each other: check the firewall for loopback, NCCL_SOCKET_IFNAME, /dev/shm"
             return Finding(backend, f"{num_ranks} ranks hung for {timeout:.0f} s", "fail", advice)

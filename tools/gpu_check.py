@@ -15,7 +15,6 @@ one profile. Every result is written as it comes; what takes too long or breaks 
 import argparse
 import json
 import math
-import os
 import platform
 import runpy
 import subprocess
@@ -43,6 +42,7 @@ from tools.doctor import failing_operation
 from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import file_digest, write_json
+from utils.launch import launch_command, rank_environment
 from utils.run.checkpoint import list_checkpoints, read_meta
 from utils.system import BF16_CAPABILITY, gpu_capability, num_devices, peak_memory_mb, pick_device
 from utils.weights.states import save_pdparams
@@ -351,12 +351,10 @@ class Checker:
 
 def run_child(command: list[str], folder: Path, device: str, ranks: int, timeout: float) -> None:
     """A Python program on so many ranks; UserError with the end of its output if it fails."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PADDLE_")}
-    if device == "cpu":
-        environment["PADDLE_DISTRI_BACKEND"] = "gloo"
-    log = folder / "log"
-    start = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(ranks), "--log_dir", str(log)]
-    words = [sys.executable, *(start if ranks > 1 else []), *command]
+    words = [sys.executable, *command]
+    if ranks > 1:
+        words = launch_command(ranks, command[0], command[1:], folder / "log")
+    environment = rank_environment(device)
     done = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -27,6 +27,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from utils.errors import UserError, one_line_errors  # noqa: E402
+from utils.launch import launch_command, rank_environment  # noqa: E402
 from utils.run.checkpoint import list_checkpoints  # noqa: E402
 
 CONFIG = """
@@ -50,15 +51,12 @@ class Training:
         config = folder / f"{output.name}.yaml"
         config.write_text(CONFIG.format(output=output, steps=steps))
         self.output, self.log_dir = output, folder / f"log_{output.name}_{number}"
-        launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(num_ranks), "--log_dir", str(self.log_dir)]
-        command = [sys.executable, *launch, str(ROOT / "train.py"), str(config), "checkpoint.resume=auto"]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PADDLE_")}
-        environment |= {"OMP_NUM_THREADS": "1", "PADDLE_DISTRI_BACKEND": "gloo"}
+        words = [config, "checkpoint.resume=auto"]
         shutil.rmtree(output / "heartbeat", ignore_errors=True)
         self.process = subprocess.Popen(
-            command,
+            launch_command(num_ranks, ROOT / "train.py", words, self.log_dir),
             cwd=ROOT,
-            env=environment,
+            env=rank_environment("cpu", threads=1),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -29,6 +29,7 @@ from tools.demo.baselines import all_pairs, fit_baselines
 from tools.demo.compare import Comparison, Embed, compare
 from tools.demo.data import NUM_PEOPLE, Faces, load_faces, parse_people
 from utils.errors import UserError, one_line_errors
+from utils.launch import launch_command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = "configs/orl_demo.yaml"
@@ -108,7 +109,6 @@ def run_demo(unseen_text: str, seed: int, output: Path, cache: Path, overrides: 
         options = ["--output", str(data), "--cache", str(cache), "--unseen", unseen_text, "--seed", str(seed)]
         run_stage("prepare real faces", ["tools/demo/data.py", *options], threads=2)
     with timed(seconds, "train"):
-        launch = ["-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(output / "log")]
         settings = [
             f"data.root={data}",
             f"run.output={run_dir}",
@@ -116,7 +116,8 @@ def run_demo(unseen_text: str, seed: int, output: Path, cache: Path, overrides: 
             "checkpoint.resume=never",
             *overrides,
         ]
-        run_stage("train on two ranks", [*launch, "train.py", CONFIG, *settings], threads=1)
+        command = launch_command(2, "train.py", [CONFIG, *settings], output / "log")
+        run_stage("train on two ranks", command[1:], threads=1)
     with timed(seconds, "verification"):
         options = ["--model", str(run_dir), "--data-dir", str(data), "--target", "orl,orl_hard"]
         options += ["--result-dir", str(output / "verification")]
