@@ -17,12 +17,24 @@ class RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f}/s")
 
 
+def build_bar(enabled: bool = True, with_line: bool = False) -> Progress:
+    """A bar on stderr that is not started yet: description, done of total, rate, time left.
+
+    ``with_line``: a short one on stdout, which ends in its task's field ``line`` instead of description and rate.
+    """
+    counts = BarColumn(20 if with_line else 40), MofNCompleteColumn()
+    if with_line:
+        columns = (*counts, TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
+    else:
+        columns = (TextColumn("{task.description}"), *counts, RateColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=not with_line), disable=not enabled)
+
+
 @contextmanager
 def progress_bar(what: str, total: int, done: int = 0, enabled: bool | None = None) -> Iterator[Callable[[int], None]]:
     """Yields ``advance(count)``; ``done`` counts earlier work. ``enabled``: None draws where stderr is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
     enabled = sys.stderr.isatty() if enabled is None else enabled
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as bar:
+    with build_bar(enabled) as bar:
         task = bar.add_task(what, total=total, completed=done)
         yield lambda count=1: bar.advance(task, count)
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.progress import build_bar
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,7 @@ class RunLog:
     def _start_progress(self, total_steps: int, completed: int) -> None:
         if not sys.stdout.isatty():  # log files and pipes get plain lines
             return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}"))
-        self._progress = Progress(*columns)
+        self._progress = build_bar(with_line=True)
         self._task = self._progress.add_task("train", total=total_steps, completed=completed, line="")
         self._progress.start()
 

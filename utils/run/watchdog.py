@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from utils import distributed
+from utils.files import written_whole
 from utils.owner import is_running, release_all
 
 EXIT_STATUS = 76
@@ -99,9 +100,8 @@ class Watchdog:
             "phase": self._phase,
             "still_s": round(time.monotonic() - self._moved, 1),
         }
-        aside = self.folder / f".rank_{self.rank:04d}.{os.getpid()}"
-        aside.write_text(json.dumps(value))
-        aside.replace(self.folder / f"rank_{self.rank:04d}.json")
+        with written_whole(self.folder / f"rank_{self.rank:04d}.json") as aside:
+            aside.write_text(json.dumps(value))
 
     def _problem(self) -> str | None:
         if self._parent is not None and os.getppid() != self._parent:
