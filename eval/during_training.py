@@ -13,7 +13,7 @@ class Verification:
 
     Args:
         root: folder of the sets.
-        names: ``<root>/<name>.bin``, or paths of ``.bin`` files.
+        names: ``<root>/<name>``, with or without ``.bin``, or paths of ``.bin`` files.
         batch_size: images at a time.
         input_size: height and width of the network's input, which all images are brought to.
 
@@ -27,7 +27,9 @@ class Verification:
     def __init__(self, root: str | Path, names: tuple[str, ...], batch_size: int, input_size: int):
         paths: dict[str, Path] = {}
         for name in map(str.strip, names):
-            path = Path(name) if name.endswith(".bin") else Path(root) / f"{name}.bin"
+            path = Path(name if name.endswith(".bin") else f"{name}.bin")
+            if not (name.endswith(".bin") and path.is_file()):
+                path = Path(root) / path  # an absolute path stays as it is
             if path not in paths.values():
                 paths[str(path) if path.stem in paths else path.stem] = path
         missing = [str(path) for path in paths.values() if not path.is_file()]

@@ -87,8 +87,6 @@ def read_onnx_input(path: str | Path) -> NetworkInput:
         raise UserError(f"{path}: its input is {shown}; a batch of images with four axes is needed")
     channels_last = sizes[3] in (1, 3) and sizes[1] not in (1, 3)
     batch, channels, height, width = (sizes[i] for i in (0, 3, 1, 2)) if channels_last else sizes
-    if channels not in (None, 1, 3):
-        raise UserError(f"{path}: its input is {shown}, {channels} channels; RGB (3) or grey (1) is needed")
     if height != width:
         raise UserError(f"{path}: its input is {shown}; square images are needed")
     name = TensorProto.DataType.Name(graph.input_type.elem_type)

@@ -614,6 +614,52 @@ def test_onnx_of_something_else_is_refused(tmp_path, capsys):
     assert "not an ONNX file" in run_failing(capsys, tmp_path / "b.onnx", tmp_path / "o.pdparams")
 
 
+class Around(torch.nn.Module):
+    """A network between a layout or type of its own at the input and one at the output."""
+
+    def __init__(self, network, before, after):
+        super().__init__()
+        self.network, self.before, self.after = network, before, after
+
+    def forward(self, image):
+        return self.after(self.network(self.before(image)))
+
+
+AROUND = {
+    "[B, D, 1, 1]": ((2, 3, 112, 112), torch.float32, lambda x: x, lambda y: y[:, :, None, None]),
+    "[B, H, W, 3]": ((2, 112, 112, 3), torch.float32, lambda x: x.permute(0, 3, 1, 2), lambda y: y),
+    "uint8": ((2, 3, 112, 112), torch.uint8, lambda x: (x.float() - 127.5) / 127.5, lambda y: y),
+    "float16": ((2, 3, 112, 112), torch.float16, lambda x: x.float(), lambda y: y.half()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", AROUND)
+def test_onnx_of_other_layouts_and_types(tmp_path, capsys, peer, kind):
+    """They become the same weights as the plain export's."""
+    shape, dtype, before, after = AROUND[kind]
+    names = {"opset_version": 13, "dynamo": False, "input_names": ["data"]}
+    inputs = (torch.zeros(shape, dtype=dtype),)
+    torch.onnx.export(Around(peer, before, after).eval(), inputs, str(tmp_path / "a.onnx"), **names)
+    main([str(tmp_path / "a.onnx"), str(tmp_path / "a.pt")])
+    assert "wrote" in capsys.readouterr().out
+    export_onnx(peer, tmp_path / "b.onnx")
+    found, expected = read_state(tmp_path / "a.pt"), read_onnx(tmp_path / "b.onnx")
+    assert expected.keys() <= found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_four_channels_and_what_is_no_onnx(tmp_path, capsys, peer):
+    shape = (torch.zeros(2, 4, 112, 112),)
+    around = Around(peer, lambda x: x[:, :3], lambda y: y)
+    torch.onnx.export(around.eval(), shape, str(tmp_path / "a.onnx"), dynamo=False)
+    assert "4 channels; RGB (3) or grey (1) is needed" in run_failing(capsys, tmp_path / "a.onnx", tmp_path / "o.pt")
+    (tmp_path / "b.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "is a git-LFS pointer" in run_failing(capsys, tmp_path / "b.onnx", tmp_path / "o.pt")
+
+
 def test_engine_of_an_onnx_file_names_what_it_cannot_take(tmp_path):
     (tmp_path / "b.onnx").write_bytes(b"\x00no protobuf at all")
     with pytest.raises(UserError, match="not an ONNX file that can be read"):

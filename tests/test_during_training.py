@@ -54,6 +54,13 @@ def test_names_with_suffix_and_sets_of_one_name(tmp_path):
     assert any("all 2 pairs are genuine" in line for line in verification.warnings)
 
 
+def test_a_name_with_its_suffix_lies_in_the_folder_of_the_sets(tmp_path):
+    save_bin(tmp_path / "a.bin", [jpeg(32, seed) for seed in range(8)], [True, False] * 2)
+    assert Verification(tmp_path, ("a.bin",), batch_size=8, input_size=32)
+    with pytest.raises(UserError, match=rf"{tmp_path}/none\.bin missing"):
+        Verification(tmp_path, ("none.bin",), batch_size=8, input_size=32)
+
+
 def test_training_loads_no_plotting_library():
     """A run judges itself on hundreds of ranks; pictures belong to the scripts."""
     code = "import eval.during_training, sys; print([m for m in ('matplotlib', 'prettytable') if m in sys.modules])"

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
+from utils.weights.safe_pickle import refuse_other_kinds
 
 EPSILON = 1e-5  # of our batch norms; another one in the file is moved into the scale
 PASSED_OVER = ("Identity", "Dropout", "Cast")
+SHAPES = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")  # the order of an embedding's values stays as it is
 State = dict[str, np.ndarray]
 
 
@@ -31,7 +33,11 @@ class Graph:
         self.path = path
         try:
             graph = onnx.load(str(path)).graph
+        except FileNotFoundError:
+            raise
         except Exception as error:  # protobuf raises classes of its own, by version
+            with open(path, "rb") as file:
+                refuse_other_kinds(path, file.read(1024), "an ONNX file")
             raise UserError(
                 f"{path}: not an ONNX file that can be read ({' '.join(str(error).split())[:100]})"
             ) from None
@@ -50,6 +56,10 @@ class Graph:
         if len(inputs) != 1:
             raise UserError(f"{path}: {len(inputs)} inputs, one image input expected")
         self.input, self.input_type = inputs[0].name, inputs[0].type.tensor_type
+        shown = [side.dim_value if side.dim_value > 0 else "?" for side in self.input_type.shape.dim]
+        if len(shown) == 4 and shown[1] not in (1, 3, "?") and shown[3] not in (1, 3):
+            channels = min(side for side in shown[1::2] if side != "?")
+            raise UserError(f"{path}: its input is {shown}, {channels} channels; RGB (3) or grey (1) is needed")
         self.outputs = {value.name for value in graph.output}
 
     def attributes(self, node) -> dict:
@@ -124,6 +134,7 @@ def read_onnx(path: str | Path) -> State:
     """
     graph = Graph(path)
     value, scale = _pixel_scaling(graph)
+    value = _channels_first(graph, value)
     state: State = {}
     first = graph.peek(value, "Conv")
     if first is None:
@@ -135,6 +146,10 @@ def read_onnx(path: str | Path) -> State:
         value = _walk_iresnet(graph, value, state)
         stem = "conv1.weight"
     state[stem] = state[stem] * np.float32(scale)
+    if state[stem].shape[1] not in (1, 3):
+        raise UserError(f"{path}: takes images of {state[stem].shape[1]} channels; RGB (3) or grey (1) is needed")
+    while graph.peek(value, *SHAPES) is not None:  # [B, D, 1, 1], say
+        value = graph.take(value, *SHAPES).output[0]
     value, users = graph.following(value)
     if users or value not in graph.outputs:
         what = users[0].op_type if users else "another output"
@@ -146,9 +161,18 @@ def read_onnx(path: str | Path) -> State:
     return state
 
 
+def _channels_first(graph: Graph, value: str) -> str:
+    """Behind the transposition at the input of a network that takes [B, H, W, 3]."""
+    value, _ = graph.following(value)
+    node = graph.peek(value, "Transpose")
+    if node is None or list(graph.attributes(node).get("perm", [])) != [0, 3, 1, 2]:
+        return value
+    return graph.following(graph.take(value, "Transpose").output[0])[0]
+
+
 def _pixel_scaling(graph: Graph) -> tuple[str, float]:
     """(the value behind ``(x - 127.5) * k`` at the input, 127.5 k), or (the input, 1)."""
-    value, _ = graph.following(graph.input)
+    value = _channels_first(graph, graph.input)
     node = graph.peek(value, "Sub")
     if node is None:
         return value, 1.0
