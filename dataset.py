@@ -181,7 +181,10 @@ class ListDataset(Source):
         root: folder that relative paths start from; the list's own folder by default.
     """
 
+    list_file: str | os.PathLike | None = None  # of the sets that have one
+
     def __init__(self, list_file: str | os.PathLike, root: str | os.PathLike | None = None) -> None:
+        self.list_file = list_file
         self.root = Path(root) if root is not None else Path(list_file).parent
         self._names, labels = [], []
         for number, line in enumerate(read_text_lines(list_file), 1):
@@ -210,7 +213,16 @@ class ListDataset(Source):
         return self.root / self._names[i]
 
     def fetch(self, i: int) -> tuple[bytes, int]:
-        return self.path(i).read_bytes(), int(self.labels[i])
+        path = self.path(i)
+        try:
+            return path.read_bytes(), int(self.labels[i])
+        except FileNotFoundError:
+            if self.list_file is None:
+                raise
+            raise UserError(
+                f"{path}: no such file, but {self.list_file} lists it; its paths start from {self.root or '.'}: "
+                "set data.root=FOLDER (--root FOLDER) if that is not where the images are"
+            ) from None
 
     def describe(self, i: int) -> str:
         return str(self.path(i))

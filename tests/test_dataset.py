@@ -51,6 +51,14 @@ def test_list(tmp_path):
     assert np.array_equal(data[0][0], picture(9))
 
 
+def test_an_image_that_a_list_names_in_vain(tmp_path):
+    """The message names the list and the folder its paths start from, which is what is wrong as a rule."""
+    (tmp_path / "a.lst").write_text("x/1.png 0\nx/2.png 1\n")
+    data = build_source("list", list_file=tmp_path / "a.lst", root=tmp_path / "faces")
+    with pytest.raises(UserError, match=r"faces/x/1\.png: no such file, but .*a\.lst lists it; .* set data\.root="):
+        data[0]
+
+
 def test_celeba(tmp_path):
     (tmp_path / "identity_CelebA.txt").write_text("000001.jpg 2880\n000002.jpg 17\n000003.jpg 2880\n")
     for n in (1, 2, 3):

@@ -88,6 +88,7 @@ def test_what_cannot_be_exported_is_told(tmp_path, capsys):
     for arguments, shown in (
         (["--model", str(tmp_path / "no.pdparams"), "--output", str(tmp_path)], "no such weights file"),
         (["--model", str(tmp_path), "--output", str(tmp_path), "--format", "tflite"], "choose from paddle, onnx"),
+        (["--model", str(tmp_path), "--output", str(tmp_path), "--opset", "-1"], "--opset -1: at least 7"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)

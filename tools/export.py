@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="difference not to be reached (%(default)s)")
     add_device_option(parser)
     args = parser.parse_args(argv)
+    if args.opset < 7:
+        raise UserError(f"--opset {args.opset}: at least 7 is needed (default: {OPSET})")
     formats = tuple(dict.fromkeys(part.strip() for part in args.format.split(",") if part.strip()))
     unknown = [part for part in formats if part not in FORMATS]
     if unknown or not formats:

@@ -35,8 +35,10 @@ from dataset import recognise
 from eval.approximate import ApproximateSearch, build_index, index_path
 from eval.embed import ENGINES, Embedder, load_embedder
 from eval.gallery import About, Gallery, Match, Threshold, unit_float32, write_gallery
+from eval.options import add_device_option
 from eval.stream import digest, embed_to_file
 from tools.sources import NetworkImages, open_source, pixel_digest
+from utils import distributed
 from utils.errors import UserError, one_line_errors
 from utils.files import write_json
 from utils.images import find_image_files, is_image_name
@@ -358,6 +360,7 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--min-score", type=float, help="least detector score (default: the detector's own)")
             sub.add_argument("--resize", action="store_true", help="resize crops of another size")
             sub.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+            add_device_option(sub)
             sub.add_argument(
                 "--far", type=float, default=0.01, help="false-accept rate aimed at (default: %(default)s)"
             )
@@ -391,6 +394,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--far {args.far}: must be at least 0 and below 1")
     if vars(args).get("top", 1) < 1:
         raise UserError(f"--top {args.top}: must be at least 1")
+    if "device" in vars(args):
+        distributed.init(args.device)
     args.run(args)
 
 
