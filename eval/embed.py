@@ -213,7 +213,7 @@ def load_embedder(
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
     if batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: must be at least 1")
+        raise UserError(f"--batch-size {batch_size}: must be at least 1")
     if isinstance(model, str | os.PathLike):
         num_threads = num_threads or threads_of_rank()
         path = weights_path(model, which)

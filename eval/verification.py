@@ -52,10 +52,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--image-dir and --pairs belong together: a folder of images and the list of its pairs")
     if args.data_dir is None and (args.pairs is None or args.image_dir is None):
         raise UserError("nothing to judge: give --data-dir (with .bin sets), or a folder of images and --pairs")
-    if args.batch_size < 1 or args.num_folds < 2 or not 0 < args.far < 1:
-        raise UserError(
-            f"--batch-size {args.batch_size}, --num-folds {args.num_folds}, --far {args.far}: >= 1, >= 2, in (0, 1)"
-        )
+    if not 0 < args.far < 1:
+        raise UserError(f"--far {args.far}: must lie between 0 and 1, as 1e-3 does")
+    for option, least in (("batch_size", 1), ("num_folds", 2), ("num_errors", 0)):
+        if vars(args)[option] < least:
+            raise UserError(f"--{option.replace('_', '-')} {vars(args)[option]}: must be at least {least}")
     return args
 
 

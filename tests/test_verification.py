@@ -115,7 +115,9 @@ def test_missing_sets_are_named_unless_allowed(tmp_path, capsys):
         (["--data-dir", "."], "none of lfw.bin"),
         ([], "nothing to judge"),
         (["--image-dir", "."], "--image-dir and --pairs belong together"),
-        (["--data-dir", ".", "--num-folds", "1"], "--num-folds 1"),
+        (["--data-dir", ".", "--num-folds", "1"], "--num-folds 1: must be at least 2"),
+        (["--data-dir", ".", "--num-errors", "-3"], "--num-errors -3: must be at least 0"),
+        (["--data-dir", ".", "--far", "-1"], "--far -1.0: must lie between"),
     ],
 )
 def test_one_line_errors(tmp_path, monkeypatch, capsys, arguments, message):

@@ -392,8 +392,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if not 0 <= vars(args).get("far", 0) < 1:
         raise UserError(f"--far {args.far}: must be at least 0 and below 1")
-    if vars(args).get("top", 1) < 1:
-        raise UserError(f"--top {args.top}: must be at least 1")
+    for option, least in (("top", 1), ("batch_size", 1), ("exact_rows", 0)):
+        if vars(args).get(option, least) < least:
+            raise UserError(f"--{option.replace('_', '-')} {vars(args)[option]}: must be at least {least}")
     if "device" in vars(args):
         distributed.init(args.device)
     args.run(args)
