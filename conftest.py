@@ -11,6 +11,9 @@ ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+# Looked at before any test module imports Paddle, which sets the variable to a folder of its own.
+ON_TEST_DEVICE = "CUSTOM_DEVICE_ROOT" in os.environ
+
 # The environment of the oldest Paddle has neither PyTorch nor ONNX; none of its tests is in these files.
 collect_ignore = [
     f"tests/{name}.py"
@@ -21,7 +24,7 @@ collect_ignore = [
 
 def pytest_collection_modifyitems(items):
     """Skip ``gpu`` tests where no GPU can be used; paddle is imported only if there are any."""
-    if "CUSTOM_DEVICE_ROOT" not in os.environ:
+    if not ON_TEST_DEVICE:
         for item in items:
             if item.get_closest_marker("device"):
                 item.add_marker(pytest.mark.skip(reason="the test device is not loaded; run make test-device"))
