@@ -125,7 +125,8 @@ class Relabelled(DerivedSource):
 def save_identities(folder: str | Path, source: Source) -> None:
     """``labels.json`` in a run's folder: what each class is called in the data; none where the number is the name."""
     if source.identities is not None:
-        write_json(Path(folder) / LABELS_NAME, {"identities": np.asarray(source.identities).tolist()})
+        names = [name.item() if isinstance(name, np.generic) else name for name in source.identities]
+        write_json(Path(folder) / LABELS_NAME, {"identities": names})
 
 
 def load_identities(folder: str | Path, num_classes: int | None) -> list | None:
