@@ -15,11 +15,13 @@ if str(ROOT) not in sys.path:
 ON_TEST_DEVICE = "CUSTOM_DEVICE_ROOT" in os.environ
 
 # The environment of the oldest Paddle has neither PyTorch nor ONNX; none of its tests is in these files.
-collect_ignore = [
-    f"tests/{name}.py"
-    for name, package in (("test_convert", "onnx"), ("test_export", "onnx"), ("test_train_update", "torch"))
-    if importlib.util.find_spec(package) is None
-]
+_NEEDS = (
+    ("test_convert", "onnx"),
+    ("test_export", "onnx"),
+    ("test_openvino", "onnx"),
+    ("test_train_update", "torch"),
+)
+collect_ignore = [f"tests/{name}.py" for name, package in _NEEDS if importlib.util.find_spec(package) is None]
 
 
 def pytest_collection_modifyitems(items):
