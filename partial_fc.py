@@ -306,10 +306,12 @@ class PartialFC:
 
         # Softmax over the classes of all ranks: the target's logit joins the non-targets' maximum and sum.
         target = margin.target(part.q_G, norm_G)
-        t_G = distributed.all_reduce_sum(target.logit * part.mine_G)
-        top_G = paddle.maximum(distributed.all_reduce_max(part.top_G), t_G)
+        pieces_13G = paddle.stack([part.top_G, part.sum_G, target.logit * part.mine_G]).unsqueeze(0)
+        top_WG, sum_WG, t_WG = paddle.unbind(distributed.all_gather_rows(pieces_13G), axis=1)
+        t_G = t_WG.sum(0)
+        top_G = paddle.maximum(top_WG.max(0), t_G)
+        sum_G = (sum_WG * paddle.exp(top_WG - top_G)).sum(0) + paddle.exp(t_G - top_G)
         fade_G = paddle.exp(part.top_G - top_G)
-        sum_G = distributed.all_reduce_sum(part.sum_G * fade_G) + paddle.exp(t_G - top_G)
         loss, slope_G = margin.reduce(paddle.log(sum_G) + top_G - t_G)
         extra = margin.extra(norm_G)
         if extra is not None:

@@ -137,7 +137,7 @@ def update(run: Run, batches: list, lr: float, with_angles: bool = False, meanwh
     run.replica.finish_backward()
     run.watchdog.enter("update")
     square = squared_gradient(run.optimizer.gradients())
-    figures = distributed.sum_figures([loss, square, head.found_nonfinite()])
+    figures = run.replica.sum_figures([loss, square, head.found_nonfinite()])
     angles = log_angles(head, embedding_BD, label_B) if with_angles else None
     if meanwhile is not None:
         meanwhile()

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, P pixels of one image, K channels of one piece.
 """
 
 import ctypes
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -75,7 +76,7 @@ class CPUPReLU(PyLayer):
 def _memory(tensor: paddle.Tensor) -> np.ndarray:
     """The memory of a contiguous CPU tensor as [B, C, P]; valid while the tensor lives."""
     dtype = np.dtype({paddle.float32: np.float32, paddle.float64: np.float64}[tensor.dtype])
-    num_values = int(np.prod(tensor.shape))
+    num_values = math.prod(tensor.shape)
     memory = (ctypes.c_char * (num_values * dtype.itemsize)).from_address(tensor.data_ptr())
     return np.frombuffer(memory, dtype).reshape(tensor.shape[0], tensor.shape[1], -1)
 

@@ -113,6 +113,7 @@ def run_child(network: str, batch: int) -> None:
         optimizer.step(0.01, clip_coefficient(norm, 5.0))
         head.step(0.01)
         optimizer.clear_grad()
+        replica.sum_figures([0.0])
         replica.finish_update(skipped=False)
 
     backbone.train()

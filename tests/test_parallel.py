@@ -64,12 +64,15 @@ for num_micro in (1, 3):
         for name in names:
             error = np.abs(found[name].grad.numpy() - expected[name]).max()
             assert error <= tolerance * scale, f"{what}, {name}: {error} at {scale}"
+        (figure,) = replica.sum_figures([rank + 0.5]).tolist()
+        assert figure == sum(range(world)) + world / 2
         replica.finish_update(skipped=False)
         for name, value in statistics(replica.backbone).items():
             close(value, mean[name], max(tolerance, 1e-6), f"{what}, {name}")
         good = statistics(replica.backbone)
         replica.backbone(batch(rank, 9, dtype)[0])
         assert any((statistics(replica.backbone)[name] != good[name]).any() for name in good)
+        replica.sum_figures([0.0])
         replica.finish_update(skipped=True)
         for name, value in statistics(replica.backbone).items():
             assert (value == good[name]).all(), f"{what}: a skipped update changed {name}"

@@ -19,9 +19,14 @@ def share_numpy(array: np.ndarray) -> paddle.Tensor:
     return dlpack.from_dlpack(array.__dlpack__())
 
 
-def squared_norm(tensor: paddle.Tensor) -> paddle.Tensor:
-    """Sum of squares, [1], in one kernel."""
-    return paddle._C_ops.squared_l2_norm(tensor)
+def squared_norms(tensors: list) -> paddle.Tensor:
+    """Sum of squares of each tensor, [n], in its own precision: one kernel a tensor."""
+    return paddle.concat(list(map(paddle._C_ops.squared_l2_norm, tensors)))
+
+
+def split_sizes(vector: paddle.Tensor, sizes: list[int]) -> list[paddle.Tensor]:
+    """A vector cut into parts of these sizes; ``paddle.split`` first looks for tensors among them, one by one."""
+    return paddle._C_ops.split(vector, sizes, 0)
 
 
 def momentum_step(weight, gradient, velocity, lr_1, *, momentum: float, decay: float, nesterov: bool = False) -> None:
@@ -95,6 +100,6 @@ def scale_all(tensors: list, factor: float) -> None:
     """``t *= factor`` of many tensors of one dtype, in place: one kernel on a device, on CPU one each."""
     if tensors[0].place.is_cpu_place():
         for tensor in tensors:
-            tensor.scale_(factor)
+            paddle._C_ops.scale_(tensor, factor, 0.0, True)
         return
     paddle._C_ops.check_finite_and_unscale_(tensors, paddle.full([1], 1.0 / factor, tensors[0].dtype))

@@ -8,14 +8,13 @@ gather or a scatter, twice that for a reduction.
     fetch, one update      flags (failed, stopping, saving),  gather_host            8 (4 + k B)       hosts (gloo)
     ahead                  labels
     forward, k times       embeddings                         all_gather_rows        4 B D             devices
-                           target logits                      all_reduce_sum         4 G               devices
-                           largest logits                     all_reduce_max         4 G               devices
-                           sums of exponentials               all_reduce_sum         4 G               devices
+                           largest logits, sums of            all_gather_rows        12 G              devices
+                           exponentials, target logits
     backward, k times      gradients of the embeddings        reduce_scatter_rows    4 G (D + 1)       devices
     last backward          gradients of the backbone          DataParallel, or       4 P               devices
                                                               average_gradients
-    report                 loss, squared norm, finiteness     sum_figures            24                devices
-    after the step         running statistics                 all_reduce_sum         4 R               devices
+    report                 loss, squared norm, finiteness,    sum_figures            8 (3 + R)         devices
+                           running statistics
     on a logged line       cosines to own, nearest class      all_reduce_sum, _max   8 G               devices
     on a spike or a skip   keys of the records                all_gather_object      8 B k             hosts
 
@@ -171,16 +170,21 @@ def broadcast(tensor: paddle.Tensor, src: int = 0) -> paddle.Tensor:
     return output
 
 
-def sum_figures(values: list) -> paddle.Tensor:
+def sum_figures(values: list, along: paddle.Tensor | None = None) -> tuple[paddle.Tensor, paddle.Tensor | None]:
     """Sums over ranks of numbers and one-element tensors, float64 [n] on the device: one message, and nothing waits.
 
     inf and NaN of any rank stay. The sums are the same bits on all ranks.
+
+    Args:
+        along: a vector that travels in the same message; its sum over ranks, in float64, is the second result.
     """
     parts = [
         v.astype("float64").reshape([1]) if isinstance(v, paddle.Tensor) else paddle.full([1], v, "float64")
         for v in values
     ]
-    return all_reduce_sum(paddle.concat(parts))
+    if along is None or get_world_size() == 1:
+        return all_reduce_sum(paddle.concat(parts)), along
+    return paddle.split(all_reduce_sum(paddle.concat([*parts, along.astype("float64")])), [len(values), len(along)])
 
 
 def average_gradients(parameters: list[paddle.Tensor]) -> None:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import paddle
 
-from utils.compat import adamw_step, momentum_steps, scale_all, squared_norm
+from utils.compat import adamw_step, momentum_steps, scale_all, split_sizes, squared_norms
 from utils.errors import UserError
 
 SLOTS = {
@@ -40,7 +40,7 @@ def squared_gradient(gradients: list[paddle.Tensor]) -> paddle.Tensor:
     if not gradients:
         return paddle.zeros([1], "float64")
     with paddle.no_grad():
-        return paddle.concat([squared_norm(each) for each in gradients]).astype("float64").sum().reshape([1])
+        return squared_norms(gradients).astype("float64").sum().reshape([1])
 
 
 def unscaled_norm(square: float, grad_scale: float = 1.0) -> float:
@@ -173,8 +173,23 @@ class BackboneOptimizer:
         self._momentum_step(named, gradients, lr, [self._decay[name] for name in named])
 
     def _lars(self, named: dict, gradients: list, lr: float) -> None:
-        gradients = [self._lars_gradient(name, *pair, lr=lr) for name, pair in named.items()]
+        adapted = [name for name, (parameter, _) in named.items() if not is_norm_or_bias(name, parameter)]
+        factors = self._lars_factors([named[name] for name in adapted], lr) if adapted else []
+        factor_of = dict(zip(adapted, factors, strict=True))
+        gradients = [
+            (gradient + parameter * self._decay[name]) * factor_of.get(name, lr)
+            for name, (parameter, gradient) in named.items()
+        ]
         self._momentum_step(named, gradients, 1.0, [0.0] * len(named))
+
+    def _lars_factors(self, pairs: list[tuple], lr: float) -> list[paddle.Tensor]:
+        """``lr * ratio`` of these (parameter, gradient), [1] each, worked out for all at once."""
+        weight_norm_n, gradient_norm_n = (squared_norms(list(each)).sqrt() for each in zip(*pairs, strict=True))
+        denominator_n = gradient_norm_n + weight_norm_n * self.weight_decay
+        ones_n = paddle.ones_like(weight_norm_n)
+        ratio_n = weight_norm_n * self.trust / paddle.where(denominator_n > 0, denominator_n, ones_n)
+        ratio_n = paddle.where((weight_norm_n > 0) & (denominator_n > 0), ratio_n, ones_n)
+        return split_sizes(ratio_n * lr, [1] * len(pairs))
 
     def _adamw(self, named: dict, gradients: list, lr: float) -> None:
         lr_1 = paddle.full([1], lr, gradients[0].dtype)
@@ -183,13 +198,3 @@ class BackboneOptimizer:
                 parameter, gradient, lr_1, self._slots[name], beta1=self._betas[0], beta2=self._betas[1],
                 epsilon=self._epsilon, decay=self._decay[name],
             )  # fmt: skip
-
-    def _lars_gradient(self, name: str, parameter, gradient, *, lr: float) -> paddle.Tensor:
-        decay = self._decay[name]
-        ratio = paddle.ones([], dtype=gradient.dtype)
-        if not is_norm_or_bias(name, parameter):
-            weight_norm = paddle.linalg.norm(parameter)
-            denominator = paddle.linalg.norm(gradient) + decay * weight_norm
-            adapted = self.trust * weight_norm / paddle.where(denominator > 0, denominator, ratio)
-            ratio = paddle.where((weight_norm > 0) & (denominator > 0), adapted, ratio)
-        return (gradient + decay * parameter) * (lr * ratio)

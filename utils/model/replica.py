@@ -5,6 +5,7 @@ import contextlib
 import paddle
 
 from utils import distributed
+from utils.compat import split_sizes
 from utils.errors import UserError
 from utils.model.compile import compile_backbone
 
@@ -38,7 +39,9 @@ class Replica:
             if (id(tensor) not in parameters or name.endswith(("._mean", "._variance"))) and tensor.is_floating_point()
         ]
         self._sizes = [int(tensor.size) for tensor in self._statistics]
+        self._flat = all(tensor.ndim == 1 for tensor in self._statistics)  # asked here once: each time it is a call
         self.remember_statistics()
+        self._mean: paddle.Tensor | None = None  # of the statistics over ranks, from ``sum_figures`` to the end
         forward = compile_backbone(backbone) if compile else backbone
         self.model = paddle.DataParallel(forward) if self.world_size > 1 else forward
 
@@ -56,37 +59,47 @@ class Replica:
         if self._average_later:
             distributed.average_gradients([p for p in self.backbone.parameters() if not p.stop_gradient])
 
+    def sum_figures(self, values: list) -> paddle.Tensor:
+        """``utils.distributed.sum_figures`` of the update; the running statistics go along in its message."""
+        flat = self._flat_statistics()
+        figures, total = distributed.sum_figures(values, flat)
+        self._mean = flat
+        if total is not flat:
+            self._mean = total.scale_(1.0 / self.world_size).astype(flat.dtype)
+        return figures
+
     def finish_update(self, skipped: bool) -> None:
         """Running means and variances become their mean over ranks, so that all ranks hold one and the same backbone.
 
         Done after every update, not when saving: what a checkpoint's cadence is must not change the run. A skipped
-        update puts them back, or a NaN in one batch would stay in them for good.
+        update puts them back, or a NaN in one batch would stay in them for good. ``sum_figures`` comes before it.
         """
+        mean, self._mean = self._mean, None
         if not self._statistics:
             return
         with paddle.no_grad():
             if skipped:
                 self._write_statistics(self._good)
                 return
-            flat = self._flat_statistics()
             if self.world_size > 1:
-                flat = distributed.all_reduce_sum(flat).scale_(1.0 / self.world_size)
-                self._write_statistics(flat)
-            self._good = flat
+                self._write_statistics(mean)
+            self._good = mean
 
     def remember_statistics(self) -> None:
         """Take the present statistics as the good ones (after loading weights)."""
-        self._good = self._flat_statistics() if self._statistics else None
+        self._good = self._flat_statistics()
 
-    def _flat_statistics(self) -> paddle.Tensor:
+    def _flat_statistics(self) -> paddle.Tensor | None:
+        if not self._statistics:
+            return None
         with paddle.no_grad():
-            return paddle.concat([each if each.ndim == 1 else each.reshape([-1]) for each in self._statistics])
+            parts = self._statistics
+            return paddle.concat(parts if self._flat else [each.reshape([-1]) for each in parts])
 
     def _write_statistics(self, flat: paddle.Tensor) -> None:
         """The parts of ``flat`` become the statistics' own memory: one call, where copies would be one for each."""
-        parts = paddle.split(flat, self._sizes)
-        for tensor, part in zip(self._statistics, parts, strict=True):
-            part = part if tensor.ndim == 1 else part.reshape(tensor.shape)
+        for tensor, part in zip(self._statistics, split_sizes(flat, self._sizes), strict=True):
+            part = part if self._flat else part.reshape(tensor.shape)
             tensor.get_tensor()._share_data_with(part.get_tensor())
 
 
