@@ -61,7 +61,7 @@ class HeadUpdate:
     dense: object = None  # what was folded: row gradients
     spent: list[Residuals] = dataclasses.field(default_factory=list)  # of backward passes, as the forward left them
     bound: paddle.Tensor | None = None  # above the class gradient's length, 0-d
-    last: tuple | None = None  # of the last batch: its targets' similarities, the largest other logit, each [G]
+    last: tuple | None = None  # of the last batch: what ``last_cosines`` makes cosines of
 
     @property
     def has_gradient(self) -> bool:
@@ -199,16 +199,17 @@ class PartialFC:
             return paddle.zeros([], "bool")
         return paddle.logical_not(paddle.isfinite(bound))
 
-    def last_cosines(self) -> tuple[paddle.Tensor, paddle.Tensor] | None:
+    def last_cosines(self) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Of the last batch, [G] each: cosine to the own class, and to the nearest other one of the update.
 
-        None where logits are no plain cosines. All ranks call it, before ``step``; nothing waits.
+        All ranks call it, before ``step``; nothing waits. Where logits are no plain cosines (margins that do not
+        normalise, or change the others') this takes another pass over the rows.
         """
-        margin = self.margin
+        margin, (own_G, top_G, unit_GD, targets) = self.margin, self._update.last
+        top_G = top_G / margin.scale
         if not (margin.normalize_embedding and margin.normalize_weight) or margin.changes_others:
-            return None
-        own_G, top_G = self._update.last
-        return distributed.all_reduce_sum(own_G), distributed.all_reduce_max(top_G) / margin.scale
+            own_G, top_G = self._update.rows.cosines(unit_GD=unit_GD, targets=targets)
+        return distributed.all_reduce_sum(own_G), distributed.all_reduce_max(top_G)
 
     def step(self, lr: float, grad_scale: float = 1.0) -> None:
         """Apply the gradients gathered since the last step.
@@ -298,11 +299,12 @@ class PartialFC:
         norm_G1 = paddle.linalg.norm(x_GD, p=2, axis=-1, keepdim=True)
         inv_G1 = inverse_norm(x_GD, norm_G1)
         norm_G = norm_G1.squeeze(-1)
-        u_GD = x_GD * inv_G1 if margin.normalize_embedding else x_GD.clone()
+        unit_GD = x_GD * inv_G1
+        u_GD = unit_GD if margin.normalize_embedding else x_GD.clone()
         if keep:
             margin.observe(norm_G)
         part = update.rows.forward(u_GD=u_GD, targets=targets, keep=keep)
-        update.last = part.q_G * part.mine_G, part.top_G
+        update.last = part.q_G * part.mine_G, part.top_G, unit_GD, targets
 
         # Softmax over the classes of all ranks: the target's logit joins the non-targets' maximum and sum.
         target = margin.target(part.q_G, norm_G)
@@ -328,7 +330,6 @@ class PartialFC:
             along_G = along_G + extra[1] / len(targets.label_G)
         residuals = part.residuals
         residuals.top_G, residuals.coef_G, residuals.target_G = top_G, coef_G, target_G
-        unit_GD = u_GD if margin.normalize_embedding else x_GD * inv_G1
         return loss, (update, residuals, paddle.concat([pull_GD, along_G.unsqueeze(-1)], axis=1), unit_GD, inv_G1)
 
     def _backward(self, saved, upstream: paddle.Tensor, batch: int, dtype) -> paddle.Tensor:

@@ -138,7 +138,7 @@ def update(run: Run, batches: list, lr: float, with_angles: bool = False, meanwh
     run.watchdog.enter("update")
     square = squared_gradient(run.optimizer.gradients())
     figures = run.replica.sum_figures([loss, square, head.found_nonfinite()])
-    angles = log_angles(head, embedding_BD, label_B) if with_angles else None
+    angles = log_angles(head) if with_angles else None
     if meanwhile is not None:
         meanwhile()
     # One decision for all ranks, from the same bits: a rank that stepped alone would part from the others for good.

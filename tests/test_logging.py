@@ -9,8 +9,11 @@ import numpy as np
 import paddle
 import pytest
 
+from losses import build_margin
+from partial_fc import PartialFC
+from tests.ranks import run_ranks
 from utils.distributed import agree
-from utils.head.angles import MAX_ANGLE_ROWS, angle_stats
+from utils.head.angles import log_angles
 from utils.run.log import RunLog, StepMetrics, duration
 from utils.run.meters import SpikeDetector, due
 from utils.run.signals import StopSignal
@@ -105,23 +108,19 @@ def test_spikes():
     assert not SpikeDetector(3.0).observe(1e9), "the first losses only teach"
 
 
-class Rows:
-    """A head of one rank with given centres."""
-
-    def __init__(self, weight):
-        self.weight = weight
-        self.shard = type("Shard", (), {"start": 0, "num_local": len(weight), "num_classes": len(weight)})
-
-    def rows(self, ids):
-        return self.weight[ids]
-
-
-def test_angles_against_float64():
+@pytest.mark.parametrize("backend", ["paddle", "numpy"])
+@pytest.mark.parametrize("margin", ["arcface", "linear", "filtered"])
+def test_angles_against_float64(backend, margin):
+    """Logits that are cosines, that are not, and filtered ones; rows in chunks; two samples of a class."""
     rng = np.random.default_rng(1)
+    margin = build_margin("arcface", interclass_threshold=0.1) if margin == "filtered" else build_margin(margin)
+    head = PartialFC(40, 8, margin, backend=backend, chunk_rows=7)
     weight, embedding = rng.normal(size=(40, 8)).astype(np.float32), rng.normal(size=(6, 8)).astype(np.float32)
     label = np.array([0, 3, 3, 39, 17, 5])
     embedding[1] = 2.5 * weight[3]  # the first of class 3 lies on its centre
-    found = angle_stats(paddle.to_tensor(embedding), paddle.to_tensor(label), Rows(weight))
+    head.weight.set_value(weight)
+    head(paddle.to_tensor(embedding), label)
+    found = log_angles(head)
     unit = [
         a.astype(np.float64) / np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True) for a in (embedding, weight)
     ]
@@ -133,13 +132,39 @@ def test_angles_against_float64():
     assert found.accuracy == pytest.approx((own < degrees.min(axis=1)).mean())
 
 
-def test_angles_over_many_classes_keep_the_own_one(monkeypatch):
-    monkeypatch.setattr("utils.head.angles.MAX_ANGLE_ROWS", 7)
-    assert MAX_ANGLE_ROWS == 16384
-    weight = np.random.default_rng(2).normal(size=(40, 8)).astype(np.float32)
-    label = np.arange(40)
-    found = angle_stats(paddle.to_tensor(weight * 3), paddle.to_tensor(label), Rows(weight))
-    assert found.theta_own == pytest.approx(0.0, abs=0.1) and found.accuracy == 1.0
+@pytest.mark.parametrize("margin", ["arcface", "linear"])
+def test_angles_over_ranks(margin):
+    """Sampled rows of two shards: the own class on its rank, the nearest other one on any."""
+    code = f"""
+head = PartialFC(41, 8, build_margin("{margin}"), 0.5, rank, world)
+rng = np.random.default_rng(5)
+weight, embedding = rng.normal(size=(41, 8)), rng.normal(size=(world * 3, 8))
+label = np.array([0, 40, 7, 7, 22, 20])
+head.weight.set_value(weight[head.shard.start : head.shard.stop].astype(np.float32))
+mine = slice(rank * 3, rank * 3 + 3)
+head(paddle.to_tensor(embedding[mine].astype(np.float32)), label[mine])
+found = log_angles(head)
+taking_part = np.concatenate(distributed.all_gather_object(head.sampled))
+assert len(taking_part) < 41
+unit = [each / np.linalg.norm(each, axis=1, keepdims=True) for each in (embedding, weight)]
+degrees = np.degrees(np.arccos(unit[0] @ unit[1].T))
+own = degrees[np.arange(6), label]
+degrees[np.arange(6), label] = 999.0
+other = degrees[:, taking_part].min(axis=1)
+assert abs(found.theta_own - own.mean()) < 0.02 and abs(found.theta_other - other.mean()) < 0.02
+assert found.accuracy == (own < other).mean()
+print("agreed")
+"""
+    start = """
+import numpy as np, paddle
+from utils import distributed
+from losses import build_margin
+from partial_fc import PartialFC
+from utils.head.angles import log_angles
+distributed.init("cpu")
+rank, world = distributed.get_rank(), distributed.get_world_size()
+"""
+    assert all("agreed" in output for output in run_ranks(start + code, 2))
 
 
 def test_signals_are_taken_note_of_and_handlers_put_back():

@@ -20,6 +20,7 @@ from utils.run.steps import Feed
 pytestmark = pytest.mark.oldest
 READS = ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__array__", "__index__")
 FREE = ("no_grad", "enable_grad", "is_grad_enabled", "get_device", "clear_gradient", "data_ptr", "detach")
+ARCFACE = {"name": "arcface"}
 CONFIG = """
 run: {output: OUTPUT, device: cpu, seed: 3, batch_size: 4, epochs: 9, hang_timeout: 0}
 data: {kind: synthetic, num_classes: 60, num_images: 64, num_threads: 1, flip: false}
@@ -86,19 +87,19 @@ OPERATORS = (
 )  # fmt: skip
 
 
-def build(tmp_path, chunk_rows, rate, **margin):
+def build(tmp_path, chunk_rows, rate, margin):
     path = tmp_path / "counted.yaml"
     path.write_text(CONFIG.replace("OUTPUT", str(tmp_path / "run")))
     run = train.build(load_config(path))
     run.head = PartialFC(
-        60, 16, build_margin("arcface", **margin), rate, backend="paddle", chunk_rows=chunk_rows, weight_decay=5e-4
+        60, 16, build_margin(**margin), rate, backend="paddle", chunk_rows=chunk_rows, weight_decay=5e-4
     )
     return run
 
 
-def count(monkeypatch, tmp_path, chunk_rows, rate=1.0, micro=1, with_angles=False):
+def count(monkeypatch, tmp_path, chunk_rows, rate=1.0, micro=1, with_angles=False, margin=ARCFACE):
     """The third update's counter: what is made once is made by then, and rows lag behind where rate is below 1."""
-    run = build(tmp_path, chunk_rows, rate)
+    run = build(tmp_path, chunk_rows, rate, margin)
     run.accumulation = micro
     feed = Feed(run, Never)
     with monkeypatch.context() as patch:
@@ -146,8 +147,9 @@ def test_micro_batches_and_logged_lines(monkeypatch, tmp_path):
     """Three micro-batches go up in the same vector; a logged line reads once more and uploads nothing."""
     parts = count(monkeypatch, tmp_path, 20, 0.5, micro=3)
     assert parts.uploads == 1 and parts.reads == ["numpy"]
-    logged = count(monkeypatch, tmp_path, 20, 0.5, with_angles=True)
-    assert logged.uploads == 1 and logged.reads == ["numpy", "numpy"]
+    for margin in (ARCFACE, {"name": "linear"}, {**ARCFACE, "interclass_threshold": 0.2}):
+        logged = count(monkeypatch, tmp_path, 20, 0.5, with_angles=True, margin=margin)
+        assert logged.uploads == 1 and logged.reads == ["numpy", "numpy"], margin
 
 
 def test_the_counter_counts(monkeypatch):

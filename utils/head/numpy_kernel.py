@@ -85,6 +85,23 @@ class NumpyPass:
         *tensors, inv_G = map(paddle.to_tensor, (top_G, sum_G, pull_GD, mine_G, q_G, w_GD, inv_G))
         return Forward(*tensors, Residuals(exp_SG, shift_KG, u_GD, targets, inv_G) if keep else None)
 
+    def cosines(self, *, unit_GD: paddle.Tensor, targets: Targets) -> tuple[paddle.Tensor, paddle.Tensor]:
+        (num_samples, dim), unit_DG = unit_GD.shape, np.ascontiguousarray(view(unit_GD).T)
+        own_G = np.zeros(num_samples, unit_DG.dtype)
+
+        def work(share):
+            top_G, buffer_RD = np.full_like(own_G, NO_MAX), np.empty([self._kernel.chunk_rows, dim], own_G.dtype)
+            for _, start, stop in share:
+                w_RD = self._bank.caught_up_weight(self._ids_S, start, stop, buffer_RD)
+                q_RG = (w_RD @ unit_DG) * inverse_norm(w_RD)
+                at = targets_of_chunk(targets, start, stop)
+                own_G[at[1]], q_RG[at] = q_RG[at], NO_MAX
+                np.maximum(top_G, q_RG.max(axis=0), out=top_G)
+            return top_G
+
+        top_G = np.max(self._kernel.run(work, self._num_rows), axis=0)
+        return paddle.to_tensor(own_G), paddle.to_tensor(top_G)
+
     def fold(self, *, residuals: list[Residuals], dense):
         if dense is None:
             dense = np.zeros([self._num_rows, self._bank.weight.shape[1]], residuals[0].exp.dtype)

@@ -214,6 +214,24 @@ class PaddlePass:
         residuals = Residuals(exps, shift_KG, u_GD, targets, inv_G1.squeeze(-1)) if keep else None
         return Forward(top_G, sum_G, pull_GD, mine_G, q_G, w_GD, residuals)
 
+    def cosines(self, *, unit_GD: paddle.Tensor, targets: Targets) -> tuple[paddle.Tensor, paddle.Tensor]:
+        self._open(unit_GD.dtype)
+        at, masked = self._device_targets(targets), paddle.full([1], NO_MAX, unit_GD.dtype)
+        own_G = paddle.zeros([unit_GD.shape[0]], unit_GD.dtype)
+        top_G = paddle.full_like(own_G, NO_MAX)
+        if not self._chunks:
+            return own_G, top_G
+        inv_S1 = inverse_norm(self._tensors[0]) if self._inv_S1 is None else self._inv_S1
+        for k, start, stop in self._chunks:
+            q_RG = self._kernel.matmul(self._tensors[0]._slice(start, stop), unit_GD, transpose_y=True, exact=True)
+            q_RG = q_RG.multiply_(inv_S1._slice(start, stop))
+            low, high = at.cut_T[k : k + 2]
+            if high > low:
+                q_RG = paddle.index_put_(q_RG, (at.row_T._slice(low, high), at.col_T._slice(low, high)), masked)
+            top_G = paddle.maximum(top_G, q_RG.max(0))
+        w_GD = paddle.gather(self._tensors[0], at.row_G) * paddle.gather(inv_S1, at.row_G)
+        return (w_GD * unit_GD).sum(-1) * at.mine_G.astype(unit_GD.dtype), top_G
+
     def _join(self, tops: list, sums: list, pulls: list, u_GD: paddle.Tensor) -> tuple:
         """(top [G], sum [G], pull [G, D], shift [K, G]) of all chunks, each of which was shifted by its own maximum."""
         if not tops:

@@ -56,6 +56,13 @@ class RowPass(Protocol):
             keep: whether gradients will be asked for.
         """
 
+    def cosines(self, *, unit_GD: paddle.Tensor, targets: Targets) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """(to the own class, 0 where another rank has it; to the nearest other of these rows), [G] each.
+
+        Args:
+            unit_GD: embeddings of all ranks, of unit length; rows are brought to it whatever the margin says.
+        """
+
     def fold(self, *, residuals: list[Residuals], dense: object) -> object:
         """Residuals (and what was folded before, or None) as row gradients: smaller than they are beyond D samples."""
 
