@@ -13,6 +13,7 @@ from tests.device.counters import counts
 from tests.device.test_plugin import BF16_TYPE, ON_DEVICE
 from tests.eval_data import faces
 from tests.ranks import ROOT, run_ranks
+from utils.errors import UserError
 
 pytestmark = pytest.mark.device
 
@@ -43,6 +44,13 @@ def test_embeddings_are_the_cpu_s_and_made_on_the_device(engine, network):
     assert work.kernel_calls > 3 * 50, f"{embedder.engine} ran elsewhere"
     assert work.h2d_bytes >= images.size, "the images went there"
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("engine", ["predictor", "onnx", "openvino"])
+def test_engines_that_do_not_know_the_device_are_refused(engine, network):
+    """Nothing falls back to the CPU in silence."""
+    with pytest.raises(UserError, match=f"engine '?{engine}'?.*{DEVICE}"):
+        load_embedder(network(DEVICE), engine=engine)
 
 
 VERIFY = """
@@ -77,13 +85,19 @@ def test_verification_on_two_ranks_is_the_cpu_s():
         np.testing.assert_allclose(figures(output), expected, atol=0.03)
 
 
+CHECKED = (
+    "smoke", "fp32", "head tf32", "head bf16", "fp16", "bf16", "compiled", "recomputed", "NHWC", "accumulated",
+    "one rank", "two ranks", "sync_bn", "fp16 overflow", "resume",
+)  # fmt: skip
+
+
 @pytest.mark.distributed
 def test_gpu_check_in_its_small_form(tmp_path):
-    """What it would try on a GPU passes here, in the order of its weight, as far as two minutes carry."""
-    told = ["--device", BF16_TYPE, "--small", "--minutes", "2", "--output", str(tmp_path / "report.json")]
+    """What it would try on a GPU passes here, in the order of its weight, as far as the minutes carry."""
+    told = ["--device", BF16_TYPE, "--small", "--minutes", "4", "--output", str(tmp_path / "report.json")]
     env = ON_DEVICE | {"SANDBOX_TYPE": BF16_TYPE, "SANDBOX_DEVICES": "2"}
-    run_ranks(ROOT / "tools" / "gpu_check.py", 1, told, env=env, timeout=280, check=False)
+    run_ranks(ROOT / "tools" / "gpu_check.py", 1, told, env=env, timeout=420, check=False)
     checks = json.loads((tmp_path / "report.json").read_text())["checks"]
     done = {name: found for name, found in checks.items() if "not run" not in str(found.get("problem"))}
     assert {name: found for name, found in done.items() if not found["passed"]} == {}
-    assert {"fp32", "head bf16", "fp16", "bf16"} <= set(done)
+    assert set(CHECKED) <= set(done)
