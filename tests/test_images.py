@@ -1,5 +1,7 @@
 """Which files are images, in folders as people have them; text files as people's tools write them."""
 
+import gzip
+
 import pytest
 
 from utils.errors import UserError
@@ -92,9 +94,13 @@ def test_gbk_without_its_newer_characters(tmp_path):
         (b"a.jpg 0\nb\0.jpg\n", r"a\.txt: line 2: holds zero bytes"),
         (b"\xff\xfea", r"a\.txt: not valid UTF-16-LE at byte 0"),
         (bytes([200, 1, 7]) + bytes(400) + b"\xff\xff\n", r"a\.txt"),
+        (gzip.compress(b"a.jpg 0\n"), r"a\.txt: a text file was expected; it is gzip data; unpack it first"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"a\.txt: .* git-LFS pointer"),
     ],
 )
 def test_no_text_is_named(tmp_path, data, message):
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_text(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="is a folder; a text file was expected"):
+        read_text(tmp_path)

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import describe_bytes
 
 _MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"),
@@ -19,9 +20,11 @@ def read_text(path: str | os.PathLike) -> str:
     """The text of a file: by its mark, else UTF-8, else GBK (GB 18030); every line end becomes ``\\n``.
 
     Raises:
-        UserError: bytes that are neither, naming file and line.
+        UserError: a folder, something else than text, or bytes that are neither, naming the line.
         OSError: the file cannot be read.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; a text file was expected")
     return decode_text(Path(path).read_bytes(), path)
 
 
@@ -33,6 +36,9 @@ def read_text_lines(path: str | os.PathLike) -> list[str]:
 
 def decode_text(data: bytes, path: str | os.PathLike) -> str:
     """``read_text`` of bytes that are there already; ``path`` is for messages."""
+    kind = describe_bytes(data[:1024])
+    if data and not kind.startswith(("a text file", "of no known kind")):
+        raise UserError(f"{path}: a text file was expected; it is {kind}")
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", None))
     data = data[len(mark) :]
     if encoding is None:
