@@ -142,11 +142,13 @@ def _by_speed(names: list[str], source: Source, num_threads: int | None) -> list
                 speeds[name] = _images_s(_build(name, source, num_threads), MEASURED_SECONDS / len(names_measured))
             except Exception as error:  # as in _first_that_works, which says it again if it comes to that
                 say(f"engine {name} cannot run here ({_reason(error)})")
+        if not speeds:
+            return names
         keep_speeds(source.path, source.key, machine, speeds)
     shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
     say(f"measured on {processor()[0]}: {shown} images/s")
     fastest = sorted(speeds, key=speeds.get, reverse=True)
-    return [*fastest, *(name for name in names if name not in names_measured)]
+    return [*fastest, *(name for name in names if name not in speeds)]
 
 
 def _images_s(engine, seconds: float) -> float:

@@ -82,6 +82,14 @@ class Embedder:
             weights = state.hexdigest()
         return weights if self.precision == "fp32" else f"{weights}-{self.precision}"
 
+    def stay(self) -> None:
+        """Keep to the precision that all embeddings so far have: float32 where too few images were seen to decide."""
+        if self._checking and self.precision == "auto":
+            self.precision, self._checking = "fp32", False
+            say(
+                f"precision fp32: {self._num_checked} images are too few to check bfloat16 on ({CHECKED_IMAGES} wanted)"
+            )
+
     def __call__(self, images_NHWC: np.ndarray, flip: bool = False) -> np.ndarray:
         """Embed ``images_NHWC``, or their mirror images with ``flip``; not normalised, any N from 0.
 
@@ -166,6 +174,11 @@ class Embedder:
         if self.engine != "openvino":
             return f"engine {self.engine} computes in float32 alone"
         return None if self._engine.has_bfloat16 else "this processor does not compute in bfloat16"
+
+
+def precision_of(identity: str) -> str:
+    """The precision that an ``Embedder.identity`` tells."""
+    return next((name for name in PRECISIONS if identity.endswith(f"-{name}")), "fp32")
 
 
 def start(embedder, images_NHWC: np.ndarray, view: str):
@@ -289,7 +302,8 @@ def model_options(run: Path) -> dict | None:
 
 
 def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_features: int | None = None,
-          flip: bool = False, engine: str = "auto", detector: str | Path | None = None) -> np.ndarray:  # fmt: skip
+          flip: bool = False, engine: str = "auto", detector: str | Path | None = None,
+          precision: str = "fp32") -> np.ndarray:  # fmt: skip
     """Embed one face, or a batch of them; the model and the detector are kept for the next call.
 
     Args:
@@ -299,7 +313,7 @@ def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_f
         pretrained: weights file or run directory.
         num_features: D, only checked.
         flip: add the embedding of the mirror image.
-        engine: as in ``load_embedder``.
+        engine, precision: as in ``load_embedder``; ``auto`` decides over the calls with the same model.
         detector: ``mtcnn`` or a YuNet file (``utils.photos.detect``); None: faces are aligned already.
 
     Returns:
@@ -313,7 +327,7 @@ def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_f
     path = Path(pretrained)
     weights = path / RUN_FILES["last"] if path.is_dir() else path
     stamps = file_stamps(weights.parent, [weights.name, "config.yaml"])  # what the model kept was made from
-    embedder = _cached_embedder(str(path.resolve()), backbone, engine, tuple(stamps))
+    embedder = _cached_embedder(str(path.resolve()), backbone, engine, precision, tuple(stamps))
     if num_features is not None and num_features != embedder.embedding_size:
         raise UserError(f"infer: num_features={num_features}, but {pretrained} gives {embedder.embedding_size}")
     from_file = isinstance(image, str | os.PathLike)
@@ -335,5 +349,5 @@ def _cached_detector(name: str) -> Detector:
 
 
 @functools.lru_cache(maxsize=1)
-def _cached_embedder(pretrained: str, backbone: str, engine: str, stamps: tuple) -> Embedder:
-    return load_embedder(pretrained, backbone, engine)
+def _cached_embedder(pretrained: str, backbone: str, engine: str, precision: str, stamps: tuple) -> Embedder:
+    return load_embedder(pretrained, backbone, engine, precision=precision)

@@ -7,7 +7,7 @@ from pathlib import Path
 import paddle
 from prettytable import PrettyTable
 
-from eval.embed import ENGINES
+from eval.embed import ENGINES, PRECISIONS
 
 _WEIGHTS = (".pdparams", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx")
 _SUFFIXES = (*_WEIGHTS, ".npy", ".npz", ".bin", ".txt", ".csv", ".lst")
@@ -47,8 +47,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="fp32",
-        help="bf16, where the processor computes in it; auto: bf16 if it passes a check on the first images "
-        "(default: %(default)s, whose figures no processor changes)",
+        help=f"one of {', '.join(PRECISIONS)}; bf16 where the processor computes in it, auto: bf16 if it passes a "
+        "check on the first images (default: %(default)s, whose figures no processor changes)",
     )
 
 

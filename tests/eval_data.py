@@ -13,6 +13,7 @@ class ProjectionEmbedder:
     """Looks like ``eval.embed.Embedder``: pixels of a 12 x 12 thumbnail times a fixed random matrix."""
 
     input_size, embedding_size, engine = 112, 24, "projection"
+    precision = "fp32"
 
     def __init__(self, fail_after: int | None = None):
         self.matrix = np.random.default_rng(5).normal(size=(144 * 3, self.embedding_size))
@@ -20,7 +21,11 @@ class ProjectionEmbedder:
 
     @property
     def identity(self) -> str:
-        return hashlib.sha256(self.matrix.tobytes()).hexdigest()
+        suffix = "" if self.precision == "fp32" else f"-{self.precision}"
+        return hashlib.sha256(self.matrix.tobytes()).hexdigest() + suffix
+
+    def stay(self) -> None:
+        """Nothing here is undecided."""
 
     def __call__(self, images_NHWC, flip=False):
         self.calls += 1

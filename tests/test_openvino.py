@@ -119,6 +119,12 @@ def test_onnx_networks_that_are_none(tmp_path, settings, shown, engine):
     assert shown in str(caught.value) and "net.onnx" in str(caught.value)
 
 
+@pytest.fixture(autouse=True)
+def on_intel(monkeypatch):
+    """Where ``auto`` knows its order beforehand, whatever runs the tests."""
+    monkeypatch.setattr(choose_engine, "processor", lambda: ("GenuineIntel", frozenset()))
+
+
 @pytest.fixture(scope="module")
 def layer():
     return trained_like(width=8, embedding_size=32)
@@ -228,6 +234,15 @@ def test_other_processors_are_measured_and_remembered(weights, monkeypatch, capf
     assert 0 < real(load_embedder(weights)._engine, 0.01) < 1e5
 
 
+def test_what_no_engine_can_run_is_told_on_other_processors_too(tmp_path, monkeypatch):
+    """None could be measured, and all are tried."""
+    monkeypatch.setattr(choose_engine, "processor", lambda: ("AuthenticAMD EPYC", frozenset()))
+    path = write_graph(tmp_path / "net.onnx", more=["map", "other"], tail=(12, 2, 2))
+    with pytest.raises(UserError, match=r"exactly one of shape \[batch, size\]"):
+        load_embedder(path)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
 def test_what_is_not_installed_is_named(weights, monkeypatch, capfd):
     real = choose_engine.importlib.util.find_spec
     monkeypatch.setattr(
@@ -280,6 +295,22 @@ def test_auto_precision_checks_on_the_users_images(weights, blurred, capfd, size
         assert embedder.identity == load_embedder(weights).identity
     else:
         assert embedder.identity.endswith("-bf16")
+
+
+def test_too_few_images_stay_in_float32(weights, blurred, capfd):
+    images = pictures(CHECKED_IMAGES)
+    blurred(1e-3)
+    embedder = load_embedder(weights, precision="auto")
+    exact = embedder(images[:4])
+    embedder.stay()
+    assert embed.precision_of(embedder.identity) == embedder.precision == "fp32"
+    assert "precision fp32: 4 images are too few to check bfloat16 on (64 wanted)" in capfd.readouterr().err
+    np.testing.assert_allclose(embedder(images)[:4], exact, atol=1e-4)  # would have been enough
+    assert embedder.identity == load_embedder(weights).identity
+    decided = load_embedder(weights, precision="auto")
+    decided(images)
+    decided.stay()
+    assert embed.precision_of(decided.identity) == decided.precision == "bf16"
 
 
 def test_bf16_is_refused_where_it_cannot_be(weights, monkeypatch, blurred, capfd):

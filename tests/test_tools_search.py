@@ -130,6 +130,31 @@ def test_adding_people_and_photos(tmp_path, album, capsys):
     assert len(Gallery(path)) == 39
 
 
+def test_the_precision_is_the_gallery_s(tmp_path, album, monkeypatch, capsys):
+    """Embeddings of two precisions are never mixed; ``auto`` follows the gallery, as one photo decides nothing."""
+    asked = []
+
+    def load(model, *args, precision):
+        asked.append(precision)
+        embedder = ProjectionEmbedder()
+        embedder.precision = "fp32" if precision == "auto" else precision  # auto: decided against
+        return embedder
+
+    monkeypatch.setattr(search, "load_embedder", load)
+    people, _, names = album
+    photo = people / names[3] / "photo 0.x.png"
+    for precision, other in (("bf16", "fp32"), ("auto", "bf16")):
+        gallery = tmp_path / f"{precision}.safetensors"
+        run("enrol", people, gallery, "--model", tmp_path / "model", "--precision", precision)
+        told = fail(capsys, "find", photo, gallery, "--precision", other)
+        assert f"use --precision {'bf16' if precision == 'bf16' else 'fp32'}" in told
+        told = fail(capsys, "enrol", photo, gallery, "--name", "x", "--precision", other)
+        assert "or enrol again" in told
+        run("find", photo, gallery, "--precision", "auto")
+        assert names[3] in capsys.readouterr().out
+    assert asked == ["bf16", "fp32", "fp32", "bf16", "auto", "bf16", "bf16", "fp32"]
+
+
 def test_strangers_set_the_threshold_and_stay(tmp_path, album, projection, capsys):
     folder, images, _ = album
     others = faces(9, 2, seed=5)[0]

@@ -33,9 +33,9 @@ import numpy as np
 
 from dataset import recognise
 from eval.approximate import ApproximateSearch, build_index, index_path
-from eval.embed import ENGINES, Embedder, load_embedder
+from eval.embed import Embedder, load_embedder, precision_of
 from eval.gallery import About, Gallery, Match, Threshold, unit_float32, write_gallery
-from eval.options import add_device_option
+from eval.options import add_device_option, add_engine_options
 from eval.stream import digest, embed_to_file
 from tools.sources import NetworkImages, open_source, pixel_digest
 from utils import distributed
@@ -145,13 +145,15 @@ def enrol(args: argparse.Namespace) -> None:
     model = args.model or (before.about.model if before else None)
     if model is None:
         raise UserError(f"{args.gallery}: a new gallery needs --model")
-    embedder = load_embedder(model, args.network, args.engine, args.batch_size)
+    precision = chosen_precision(args.precision, before)
+    embedder = load_embedder(model, args.network, args.engine, args.batch_size, precision=precision)
     detector = args.detector if before is None or args.detector is not None else before.about.detector
     if before is not None:
         check_model(before, embedder, model)
     photos = open_photos(args.source, embedder.input_size, detector, args)
     args.gallery.parent.mkdir(parents=True, exist_ok=True)
     raw_ND, pixels_N, raw = embed_photos(photos, embedder, args.gallery, "people")
+    embedder.stay()
     about = About(str(Path(model).resolve()), embedder.identity, detector=detector)
     try:
         stranger_ID = before.stranger_ID if before is not None else np.empty((0, embedder.embedding_size), np.float32)
@@ -219,8 +221,19 @@ def add_people(before: Gallery | None, photos: Photos, raw_ND: np.ndarray, pixel
     return gallery, len(chosen)
 
 
+def chosen_precision(precision: str, gallery: Gallery | None) -> str:
+    """``precision``, where ``auto`` is that of a gallery which exists: a photo alone could not be checked."""
+    if precision != "auto" or gallery is None:
+        return precision
+    return precision_of(gallery.about.identity)
+
+
 def check_model(gallery: Gallery, embedder: Embedder, model: str | Path) -> None:
-    """Refuse embeddings of other weights."""
+    """Refuse embeddings of other weights or of another precision."""
+    enrolled, given = (precision_of(identity) for identity in (gallery.about.identity, embedder.identity))
+    if enrolled != given:
+        raise UserError(f"{gallery.path}: enrolled in {enrolled}, this would be {given}; use --precision {enrolled}, "
+                        "or enrol again into another file")  # fmt: skip
     if embedder.identity != gallery.about.identity or embedder.embedding_size != gallery.embedding_RD.shape[1]:
         raise UserError(f"{gallery.path}: enrolled with other weights ({gallery.about.identity[:12]} of "
                         f"{gallery.about.model}) than those of {model} ({embedder.identity[:12]}); use that --model, "
@@ -234,7 +247,8 @@ def find(args: argparse.Namespace) -> None:
     if args.model is None and not Path(model).exists():
         raise UserError(f"{args.gallery}: its model {model} is not there; name it: --model RUN_OR_WEIGHTS")
     limit = chosen_threshold(gallery, args)
-    embedder = load_embedder(model, args.network, args.engine)
+    precision = chosen_precision(args.precision, gallery)
+    embedder = load_embedder(model, args.network, args.engine, precision=precision)
     check_model(gallery, embedder, model)
     searcher = choose_search(gallery, args)
     crops, boxes = faces_of(args.photo, embedder.input_size, args, gallery.about.detector)
@@ -359,7 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--detector", help="mtcnn, a YuNet .onnx file, or none (default: the gallery's)")
             sub.add_argument("--min-score", type=float, help="least detector score (default: the detector's own)")
             sub.add_argument("--resize", action="store_true", help="resize crops of another size")
-            sub.add_argument("--engine", default="auto", choices=("auto", *ENGINES))
+            add_engine_options(sub)
             add_device_option(sub)
             sub.add_argument(
                 "--far", type=float, default=0.01, help="false-accept rate aimed at (default: %(default)s)"
