@@ -8,7 +8,6 @@ A wrong key or value raises ``ConfigError``: one line with the file, the setting
 Every default stands below beside its meaning and unit; ``steps`` are updates (not micro-batches).
 """
 
-import argparse
 import difflib
 import json
 import os
@@ -31,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from utils.errors import UserError
+from utils.errors import CommandLine, UserError
 
 
 class ConfigError(UserError):
@@ -362,7 +361,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
 
 def parse_arguments(argv: list[str] | None, default: Path, description: str) -> Config:
     """What ``train.py``'s command line asks for (arcface-Paddle's flags included), of ``default`` if no file."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description)
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml section.key=value", help=f"default: {default.name}")
     parser.add_argument("--config", help="the configuration file, for those used to the flag")
     parser.add_argument("--network", help="short for model.network=")

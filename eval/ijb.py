@@ -52,11 +52,11 @@ from eval.tables import (
     strict_table,
 )
 from utils import distributed
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     add_model_options(parser, "run directory or weights file; not needed where --features is complete", required=False)
     parser.add_argument("--image-path", type=Path, help="folder with meta/ and loose_crop/")
     parser.add_argument("--target", default="IJBC", help="IJBC, IJBB, or the prefix of another set of that layout")

@@ -11,7 +11,6 @@ distractors score at least as high (``--shuffle SEED`` draws another order of di
 those same pairs (each once), impostor pairs are all probe x distractor pairs, FAR strict.
 """
 
-import argparse
 import sys
 import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
@@ -25,7 +24,7 @@ from eval.distractors import FARS, SIZES, identify_among_distractors, load_featu
 from eval.options import bare_name, print_table, print_warnings
 from eval.remarks import distractor_remarks
 from eval.results import load_results, write_distractor_results, write_report
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.owner import claim
 from utils.text import read_text
 
@@ -33,7 +32,7 @@ from utils.text import read_text
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--probes", type=Path, required=True)
     parser.add_argument("--subjects", type=Path, required=True)
     parser.add_argument("--distractors", type=Path, required=True)

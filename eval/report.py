@@ -6,7 +6,6 @@ A result folder is what ``eval/verification.py``, ``eval/ijb.py`` or ``eval/mega
 by side: one column each in every table, one line each in every ROC picture.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,13 +13,13 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eval.results import write_report
-from utils.errors import one_line_errors
+from utils.errors import CommandLine, one_line_errors
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="result folders (or their .json files)")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
     args = parser.parse_args(argv)

@@ -30,11 +30,11 @@ from eval.protocols import read_pair_list
 from eval.results import load_results, write_pair_results, write_report
 from eval.stream import claimed
 from utils import distributed
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     add_model_options(parser, "run directory or weights file (.pdparams, .safetensors, .onnx)", required=True)
     parser.add_argument("--data-dir", type=Path, help="folder of <set>.bin files")
     parser.add_argument(

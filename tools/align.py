@@ -36,7 +36,7 @@ from dataset import FolderDataset
 from tools.rec.commands import build_parser as rec_parser
 from tools.rec.commands import run_pack
 from tools.rec.write import in_order
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import file_digest, write_csv, write_text
 from utils.owner import claim
 from utils.photos.align import align_face
@@ -253,7 +253,7 @@ def check_output(source: Path, output: Path) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("source", type=Path, help="folder of identity folders, list of 'path identity' lines, or photo")
     parser.add_argument("output", type=Path, help="folder for the crops and tables")
     parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file (default: mtcnn)")

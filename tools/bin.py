@@ -25,7 +25,7 @@ from dataset import FolderDataset
 from eval.bins import load_bin, read_bin, save_bin
 from eval.protocols import read_pair_files
 from utils.decode import DecodeError, decode_image, fit_image
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import written_whole
 from utils.progress import progress
 
@@ -150,7 +150,7 @@ def run_unpack(args: argparse.Namespace) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, function: object, example: str) -> argparse.ArgumentParser:

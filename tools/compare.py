@@ -28,7 +28,7 @@ from eval.embed import Embedder, load_embedder
 from eval.options import add_device_option, add_engine_options
 from eval.remarks import score_remarks
 from utils import distributed
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import write_json
 from utils.photos.detect import build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces, read_landmarks
@@ -148,7 +148,7 @@ def two_faces(args: argparse.Namespace) -> list[Face]:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("first", type=Path, help="image of one face")
     parser.add_argument("second", type=Path, help="image of another")
     parser.add_argument("--model", type=Path, help="run directory, weights file or .onnx (default: the newest run)")

@@ -16,7 +16,6 @@ The source is evaluated by itself (numpy in float64, or onnxruntime), the writte
 difference of their embeddings is printed; above the tolerance nothing is left behind.
 """
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from backbones.guess import guess_network
 from eval.embed import chosen_options, model_options
 from tools.numpy_forward import reference_embedding
 from utils.data.labels import copy_identities
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import write_text
 from utils.weights.head_files import SHARDS, read_head
 from utils.weights.states import (
@@ -262,7 +261,7 @@ def _convert_backbone(source: Source, path: Path, options: dict, tolerance: floa
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("source", type=Path, help="weights file, checkpoint shard or run directory")
     parser.add_argument("output", type=Path, help="file to write (.pdparams .safetensors .pt .pth .npy) or folder")
     parser.add_argument("--network", help="backbone name; default: told by the source's names and shapes")

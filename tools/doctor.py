@@ -31,7 +31,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.launch import launch_command, rank_environment
 from utils.system import BF16_CAPABILITY, num_cores, without_machine_code
 
@@ -373,7 +373,7 @@ def print_finding(finding: Finding) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--data", type=Path, default=Path(), help="folder whose disk is measured (default: this one)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the training step; 0 skips it")
     parser.add_argument("--no-ranks", action="store_true", help="do not launch two ranks")

@@ -27,7 +27,7 @@ from eval.options import add_device_option, add_engine_options, print_warnings
 from eval.remarks import landmark_remarks
 from eval.stream import claimed, digest, embed_to_file
 from utils import distributed
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import written_whole
 from utils.photos.detect import build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, read_landmarks
@@ -71,7 +71,7 @@ def save_faces(output: Path, faces: list[Face], embedding_ND: np.ndarray) -> Non
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("source", type=Path, help="an image, or a folder that is searched to the bottom")
     parser.add_argument("--model", required=True, help="run directory, weights file or .onnx")
     parser.add_argument("--network", help="backbone name, where the model does not say it")

@@ -8,7 +8,6 @@ Inference, onnxruntime) at batch 1, 7 and 64 and compared with the dynamic graph
 largest value, where that is above 1) is an error and leaves nothing behind. The command says the difference of each.
 """
 
-import argparse
 import shutil
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from eval.engines import OPSET, DynamicEngine, OnnxEngine, PredictorEngine, save
 from eval.options import add_device_option
 from utils import distributed
 from utils.data.labels import copy_identities
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.system import threads_of_rank
 
 FORMATS = ("paddle", "onnx")
@@ -98,7 +97,7 @@ def _compare(layer, running: dict, batches: tuple[int, ...], num_threads: int) -
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--model", required=True, help="run directory or weights file")
     parser.add_argument("--network", help="backbone name, where the model does not say it")
     parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")

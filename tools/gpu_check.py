@@ -40,7 +40,7 @@ from losses import build_margin
 from partial_fc import PartialFC
 from tools.doctor import failing_operation
 from utils import distributed
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import file_digest, write_json
 from utils.launch import launch_command, rank_environment
 from utils.run.checkpoint import list_checkpoints, read_meta
@@ -471,7 +471,7 @@ def run_all(checker: Checker, num_devices: int) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu_check.json"))
     parser.add_argument("--device", default="auto", help="auto (an accelerator must be there), or cpu: the small form")
     parser.add_argument("--minutes", type=float, default=20.0, help="what is not begun by then is reported as not run")

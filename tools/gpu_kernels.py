@@ -24,7 +24,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,7 +161,7 @@ def missing_kernels(needed: Kernels, there: Kernels) -> list[str]:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--json", type=Path, help="also write what was called and what is missing here")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -6,7 +6,6 @@ Any weights that tools/convert.py reads will do, converted or not: .pdparams, .s
 Accuracy-Flip (embedding plus that of the mirror image) is the figure that the published tables show.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from eval.pairs import (
     verify,
 )
 from utils import distributed
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import write_text
 
 FAR = 1e-3
@@ -60,7 +59,7 @@ def _order(path: Path) -> tuple[int, str]:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line; ranks of a launcher share the work."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--network", help="backbone name (default: told by the weights)")
     parser.add_argument("--weights", required=True, help="weights file or run directory")
     parser.add_argument("--data", type=Path, required=True, help="folder of .bin sets")

@@ -28,7 +28,7 @@ import paddle
 from paddle.base import core
 
 from backbones import build_backbone
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.system import available_memory, peak_bytes, reset_peak
 
 GIB = 2**30
@@ -78,8 +78,9 @@ class BackboneFacts:
     per_image: int
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandLine(__doc__.splitlines()[0])
     parser.add_argument("--classes", type=int, required=True)
     parser.add_argument("--gpus", type=int, default=1, help="ranks, one per device")
     parser.add_argument("--batch", type=int, default=128, help="samples a rank and micro-batch")
@@ -100,7 +101,6 @@ def main(argv: list[str] | None = None) -> None:
     run(parser.parse_args(arguments))
 
 
-@one_line_errors
 def run(args: argparse.Namespace) -> None:
     setup = Setup(
         args.classes, args.gpus, args.batch, args.sample_rate, args.backbone, embedding_size=args.embedding_size,

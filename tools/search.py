@@ -39,7 +39,7 @@ from eval.options import add_device_option, add_engine_options
 from eval.stream import digest, embed_to_file
 from tools.sources import NetworkImages, open_source, pixel_digest
 from utils import distributed
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import write_json
 from utils.images import find_image_files, is_image_name
 from utils.photos.detect import DetectedFace, build_detector
@@ -359,7 +359,7 @@ def info(args: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Commands and options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(function: Callable, *arguments: str, photo_options: bool = True) -> argparse.ArgumentParser:

@@ -10,7 +10,6 @@ written. Whenever the run reaches its end, its last checkpoint must hold the ref
 back behind the newest checkpoint that was complete at the kill. If kills are left the run is begun anew.
 """
 
-import argparse
 import json
 import os
 import random
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils.errors import UserError, one_line_errors  # noqa: E402
+from utils.errors import CommandLine, UserError, one_line_errors  # noqa: E402
 from utils.launch import launch_command, rank_environment  # noqa: E402
 from utils.run.checkpoint import list_checkpoints  # noqa: E402
 
@@ -170,7 +169,7 @@ def soak(folder: Path, kills: int, seed: int, steps: int = 60, num_ranks: int = 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=int(time.time()) % 100000)
     parser.add_argument("--steps", type=int, default=60)

@@ -3,6 +3,7 @@
 The standard library alone, so that every room may import this file.
 """
 
+import argparse
 import functools
 import os
 import sys
@@ -14,6 +15,16 @@ class UserError(ValueError):
 
     ``config.ConfigError`` and ``mxnet_reader.RecordError`` derive from it.
     """
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse's parser with the description as it is written; a wrong option is a ``UserError`` like any other."""
+
+    def __init__(self, description: str | None = None, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{self.prog}: {message} (--help lists the options)")
 
 
 def one_line_errors(main: Callable) -> Callable:

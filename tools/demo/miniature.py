@@ -14,7 +14,6 @@ part only. ``casia`` writes ``CASIA-maxpy-clean/<number>/<image>.jpg``, ``lfw-al
 ``photos/visitors`` (the other pictures of people 31-35, and those of people 36-40, who are nobody's friends).
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tools.demo.data import Faces, encode_jpeg, load_faces, original_pictures, verification_pairs
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 
 FRIENDS, NUM_ENROLLED, ENLARGED = range(31, 36), 5, 2.5
 TRAIN, UNSEEN = list(range(1, 31)), list(range(31, 41))
@@ -95,7 +94,7 @@ def write_image(path: Path, image_HW: np.ndarray, size: tuple[int, int]) -> None
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("layout", choices=("casia", "celeba", "photos"))
     parser.add_argument("--output", type=Path, required=True, help="folder to write into; its parts must not exist yet")
     parser.add_argument("--cache", type=Path, default=None, help="where the package with the faces is kept")

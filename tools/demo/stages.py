@@ -6,7 +6,6 @@ Leaves ``results.json`` (every figure shown) and ``report.html`` in the output f
 user would type; it is printed before it runs.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from tools.demo import report
 from tools.demo.baselines import all_pairs, fit_baselines
 from tools.demo.compare import Comparison, Embed, compare
 from tools.demo.data import NUM_PEOPLE, Faces, load_faces, parse_people
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.launch import launch_command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -159,7 +158,7 @@ def run_demo(unseen_text: str, seed: int, output: Path, cache: Path, overrides: 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """One demo run, or with ``--splits`` one for each quarter of the people."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--unseen", default="31-40", help="people held out, e.g. 1-10")
     parser.add_argument("--seed", type=int, default=2048)
     parser.add_argument("--output", type=Path, default=None)

@@ -29,7 +29,7 @@ from tools.rec.verify import verify
 from tools.rec.write import in_order, write_records
 from utils.data.labels import LABELS_NAME, Relabelled
 from utils.decode import DecodeError, decode_image, fit_image
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import write_json
 from utils.progress import progress
 from utils.text import read_text_lines
@@ -316,7 +316,7 @@ def _copy(args: argparse.Namespace, parts: list[Part], num_classes: int | None, 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, function: object, example: str) -> argparse.ArgumentParser:
