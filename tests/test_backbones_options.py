@@ -10,7 +10,8 @@ import pytest
 
 from backbones import ALIASES, BACKBONES, available_options, build_backbone, count_parameters
 from backbones.cpu_prelu import CPUPReLU
-from backbones.layers import batch_norm_1d
+from backbones.layers import SMALL as SMALL_ACTIVATION
+from backbones.layers import PReLU, batch_norm, batch_norm_1d, conv
 from utils.errors import UserError
 from utils.model.compile import compile_backbone
 
@@ -237,6 +238,47 @@ def test_cpu_prelu_by_definition(num):
     by_channel = (np.minimum(x, 0) * cotangent).sum((0, 2, 3))
     expected = by_channel if num == 6 else by_channel.sum(keepdims=True)
     np.testing.assert_allclose(tensors[1].grad.numpy(), expected, rtol=1e-10)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("data_format", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_call_their_kernels_are_paddle_s(data_format, groups, training, float64):
+    """Convolution, dense or depthwise, and batch norm: values, gradients and running statistics of Paddle's own."""
+    if data_format == "NHWC" and groups > 1:
+        pytest.skip("Paddle's CPU kernel has no depthwise convolution in this layout")
+    ours = paddle.nn.Sequential(conv(6, 6, 3, 2, groups=groups, data_format=data_format), batch_norm(6, data_format))
+    options = {"groups": groups, "bias_attr": False, "data_format": data_format}
+    plain = paddle.nn.Sequential(
+        paddle.nn.Conv2D(6, 6, 3, 2, 1, **options), paddle.nn.BatchNorm2D(6, data_format=data_format)
+    )
+    plain.set_state_dict(ours.state_dict())
+    rng = np.random.default_rng(10)
+    image = rng.standard_normal([2, 6, 9, 9] if data_format == "NCHW" else [2, 9, 9, 6])
+    cotangent = rng.standard_normal([2, 6, 5, 5] if data_format == "NCHW" else [2, 5, 5, 6])
+    results = []
+    for network in (ours, plain):
+        network.train() if training else network.eval()
+        output, image_grad = backward(network, image, cotangent)
+        grads = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+        results.append([np.asarray(each) for each in (output, image_grad, *grads, *network.state_dict().values())])
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+    moved = np.abs(np.asarray(ours[1]._mean)).max() > 0
+    assert moved == training
+
+
+@pytest.mark.parametrize("size", [4, 96])
+def test_prelu_is_the_same_below_and_above_the_size_that_changes_kernels(size, float64):
+    rng = np.random.default_rng(11)
+    layer, shape = PReLU(6), [1, 6, size, size]
+    assert (np.prod(shape) >= SMALL_ACTIVATION) == (size == 96)
+    x, cotangent = rng.standard_normal(shape), rng.standard_normal(shape)
+    output, x_grad = backward(layer, x, cotangent)
+    np.testing.assert_allclose(output, np.where(x > 0, x, 0.25 * x), rtol=1e-12)
+    np.testing.assert_allclose(x_grad, np.where(x > 0, 1, 0.25) * cotangent, rtol=1e-12)
+    np.testing.assert_allclose(layer.weight.grad.numpy(), (np.minimum(x, 0) * cotangent).sum((0, 2, 3)), rtol=1e-10)
 
 
 @pytest.mark.oldest
