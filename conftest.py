@@ -19,6 +19,7 @@ _NEEDS = (
     ("test_convert", "onnx"),
     ("test_export", "onnx"),
     ("test_openvino", "onnx"),
+    ("test_tools_onnx", "onnx"),
     ("test_train_update", "torch"),
 )
 collect_ignore = [f"tests/{name}.py" for name, package in _NEEDS if importlib.util.find_spec(package) is None]
