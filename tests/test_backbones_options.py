@@ -269,6 +269,21 @@ def test_layers_that_call_their_kernels_are_paddle_s(data_format, groups, traini
     assert moved == training
 
 
+@pytest.mark.oldest
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["iresnet18", "mobilefacenet"])
+def test_a_backbone_becomes_one_program(name, training):
+    """What the accelerators' ``run.compile``, the exports and Paddle's inference do with the layers' own forwards."""
+    network = build_backbone(name, **SMALL[name])
+    network.train() if training else network.eval()
+    size = SMALL[name]["input_size"]
+    image = paddle.to_tensor(np.random.default_rng(12).standard_normal([4, 3, size, size], dtype=np.float32))
+    expected = network(image).numpy()
+    spec = [paddle.static.InputSpec([None, 3, size, size], "float32")]
+    program = paddle.jit.to_static(network.forward, input_spec=spec, full_graph=True)
+    np.testing.assert_allclose(program(image).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [4, 96])
 def test_prelu_is_the_same_below_and_above_the_size_that_changes_kernels(size, float64):
     rng = np.random.default_rng(11)
