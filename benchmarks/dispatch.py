@@ -39,6 +39,7 @@ if __package__ in (None, ""):
 from benchmarks.train_step import machine, versions  # noqa: E402
 from utils.launch import launch_command  # noqa: E402
 
+NETWORKS = ("iresnet18", "iresnet50", "iresnet100")  # what the peer has as well
 WIDTH, INPUT_SIZE, EMBEDDING_SIZE, BATCH = 4, 32, 16, 4
 CHUNKS = 6  # of the count with several chunks
 SKIPPED = 3  # updates at the start that are not counted: the first is logged, and momentum comes into being
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--networks", nargs="+", default=["iresnet50"])
+    parser.add_argument("--networks", nargs="+", default=["iresnet50"], choices=NETWORKS)
     parser.add_argument("--classes", type=int, default=85742)
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 0.1])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
