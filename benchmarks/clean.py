@@ -1,9 +1,8 @@
 """Cleaning judged on planted faults, beside a plain nearest-centre rule; and its memory and speed at MS1MV2's size.
 
-    python benchmarks/clean.py faults --json faults.json                    # trains two small networks, 5 minutes
-    each python benchmarks/clean.py faults --first work_dirs/a --second work_dirs/b  # run folders of an earlier
-    call python benchmarks/clean.py scale --images 580000 --json scale.json      # a tenth of the images, all
-    85,742 identities
+    python benchmarks/clean.py faults --json faults.json   # trains two small networks, 5 minutes each
+    python benchmarks/clean.py faults --first work_dirs/a --second work_dirs/b  # run folders of an earlier call
+    python benchmarks/clean.py scale --images 580000 --json scale.json  # a tenth of the images, all 85,742 identities
 
 ``faults``: the 40 people of the ORL set in two halves. One network is trained on each half and cleans the OTHER half,
 people it has never seen, with faults planted (5 % of the labels wrong, two labels that hold two people, two people
@@ -17,11 +16,12 @@ after its imports, seconds of every pass, and what the whole set would take by t
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -30,18 +30,17 @@ if __package__ in (None, ""):
 import numpy as np
 from prettytable import PrettyTable
 
+from benchmarks.common import ROOT, write_report
 from tools.clean.analysis import analyse
 from tools.clean.faults import KINDS, Planted, Score, best_threshold, findings_of, judge, nearest_centre_scores, plant
 from tools.clean.rows import Rows
 from tools.clean.statistics import DEFAULT_RULE, Rule
 from tools.demo.data import load_faces
 from utils.errors import UserError, one_line_errors
-from utils.files import write_json
 from utils.launch import launch_command
 from utils.system import peak_bytes, reset_peak
 from utils.vectors import scale_to_unit
 
-ROOT = Path(__file__).resolve().parent.parent
 HALVES = ("1-20", "21-40")
 RULES = tuple(Rule(deviations=d, share=s) for d in (2.0, 2.5, 3.0) for s in (0.02, 0.05, 0.1))
 MS1MV2 = (5_822_653, 85_742)
@@ -71,24 +70,19 @@ def embed(run: Path) -> tuple[np.ndarray, np.ndarray]:
     return scale_to_unit(raw).astype(np.float32), faces.person_N
 
 
-def judge_half(unit_ND: np.ndarray, sets: list[Planted], rule: Rule) -> dict[str, Score]:
+def judge_sets(sets: list[Planted], find: Callable[[Planted], dict[str, set]]) -> dict[str, Score]:
     """Scores of each kind over the data sets."""
     totals = {kind: Score() for kind in KINDS}
     for planted in sets:
-        found = findings_of(unit_ND, planted, rule)
+        found = find(planted)
         totals = {kind: totals[kind] + judge(found[kind], planted.truth[kind]) for kind in KINDS}
     return totals
 
 
-def judge_plain(unit_ND: np.ndarray, sets: list[Planted], limits: dict[str, float]) -> dict[str, Score]:
-    """The same of the nearest-centre rule at given thresholds."""
-    totals = {kind: Score() for kind in KINDS}
-    for planted in sets:
-        scores = nearest_centre_scores(unit_ND, planted)
-        for kind in KINDS:
-            found = {candidate for candidate, value in scores[kind].items() if value > limits[kind]}
-            totals[kind] += judge(found, planted.truth[kind])
-    return totals
+def plain_findings(unit_ND: np.ndarray, limits: dict[str, float], planted: Planted) -> dict[str, set]:
+    """What the nearest-centre rule finds at given thresholds."""
+    scores = nearest_centre_scores(unit_ND, planted)
+    return {kind: {which for which, value in scores[kind].items() if value > limits[kind]} for kind in KINDS}
 
 
 def run_faults(args: argparse.Namespace) -> list[dict]:
@@ -103,24 +97,25 @@ def run_faults(args: argparse.Namespace) -> list[dict]:
     columns = [f"{whose} {what}" for whose in ("ours", "plain") for what in ("precision", "recall", "F1")]
     table = PrettyTable(["people judged", "fault", "planted", *columns, "defaults F1"])
     for judged, other in ((0, 1), (1, 0)):
-        unit_ND, sets = halves[judged]
-        chosen = max(RULES, key=lambda rule: sum(score.f1 for score in judge_half(*halves[other], rule).values()))
-        given = [(nearest_centre_scores(halves[other][0], planted), planted.truth) for planted in halves[other][1]]
+        (unit_ND, sets), (other_ND, other_sets) = halves[judged], halves[other]
+        rule_scores = {rule: judge_sets(other_sets, partial(findings_of, other_ND, rule=rule)) for rule in RULES}
+        chosen = max(RULES, key=lambda rule: sum(score.f1 for score in rule_scores[rule].values()))
+        given = [(nearest_centre_scores(other_ND, planted), planted.truth) for planted in other_sets]
         limits = {kind: best_threshold((scores[kind], truth[kind]) for scores, truth in given) for kind in KINDS}
         limits["outliers"] = 0.0
-        ours, plain = judge_half(unit_ND, sets, chosen), judge_plain(unit_ND, sets, limits)
-        usual = judge_half(unit_ND, sets, DEFAULT_RULE)
+        ours = judge_sets(sets, partial(findings_of, unit_ND, rule=chosen))
+        plain = judge_sets(sets, partial(plain_findings, unit_ND, limits))
+        usual = judge_sets(sets, partial(findings_of, unit_ND, rule=DEFAULT_RULE))
         people = HALVES[1 - judged]
         print(f"people {people}: {chosen}, plain thresholds " + ", ".join(f"{k} {v:.3f}" for k, v in limits.items()))
         for kind in KINDS:
             a, b = ours[kind], plain[kind]
-            table.add_row([people, kind, a.planted, *(f"{x:.3f}" for x in (
-                a.precision, a.recall, a.f1, b.precision, b.recall, b.f1, usual[kind].f1))])  # fmt: skip
-            cases.append({
-                "name": f"clean/{kind}/{people}", "metric": "f1", "ours": a.f1, "peer": b.f1,
-                "peer_name": "nearest centre", "ratio": a.f1 / max(b.f1, 1e-9), "runs": args.sets, "spread": [],
-                "precision": a.precision, "recall": a.recall, "peer_precision": b.precision, "peer_recall": b.recall,
-            })  # fmt: skip
+            shown = (a.precision, a.recall, a.f1, b.precision, b.recall, b.f1, usual[kind].f1)
+            table.add_row([people, kind, a.planted, *(f"{value:.3f}" for value in shown)])
+            found = {"name": f"clean/{kind}/{people}", "metric": "f1", "ours": a.f1, "peer": b.f1}
+            found |= {"peer_name": "nearest centre", "ratio": a.f1 / max(b.f1, 1e-9), "runs": args.sets, "spread": []}
+            found |= {"precision": a.precision, "recall": a.recall}
+            cases.append(found | {"peer_precision": b.precision, "peer_recall": b.recall})
     print(table)
     return cases
 
@@ -157,14 +152,17 @@ def run_scale(args: argparse.Namespace) -> list[dict]:
         seconds = time.perf_counter() - start
         peak_mb = (peak_bytes() - before) / 2**20
     products = 2 * args.size * args.identities * (args.images + args.identities)
-    print(f"{args.images:,} images x {args.identities:,} identities x {args.size}: {seconds:.0f} s, peak {peak_mb:.0f} "
-          f"MB beside {args.images * args.size * 4 / 2**20:.0f} MB of features on disk")  # fmt: skip
+    on_disk = args.images * args.size * 4 / 2**20
+    print(
+        f"{args.images:,} images x {args.identities:,} identities x {args.size}: {seconds:.0f} s, peak {peak_mb:.0f} MB"
+    )
+    print(f"beside {on_disk:.0f} MB of features on disk")
     wrong = args.images // 100
     print(f"{len(found.outlier_F):,} images called wrong, about {wrong:,} are; {products / seconds / 1e9:.0f} GFLOP/s")
     for name, (images, identities) in {"MS1MV2": MS1MV2, "WebFace42M": WEBFACE42M}.items():
         whole = 2 * 512 * identities * (images + identities)
-        print(f"{name}, {images:,} x {identities:,} x 512: {whole:.1e} operations, "
-              f"{whole / products * seconds / 3600:.1f} h at this rate")  # fmt: skip
+        hours = whole / products * seconds / 3600
+        print(f"{name}, {images:,} x {identities:,} x 512: {whole:.1e} operations, {hours:.1f} h at this rate")
     shared = {"name": f"clean/{args.images}/{args.identities}", "peer": None, "runs": 1, "spread": []}
     return [{**shared, "metric": "seconds", "value": seconds}, {**shared, "metric": "peak_mb", "value": peak_mb}]
 
@@ -190,9 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     cases = args.run(args)
-    if args.json is not None:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        write_json(args.json, {"machine": machine, "versions": {"numpy": np.__version__}, "cases": cases})
+    write_report(args.json, cases, "all threads", ("numpy",))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import functools
 import itertools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,12 +31,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):
-    sys.path.insert(0, str(ROOT))  # before this folder, which has an eval.py as well
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder, which has an eval.py as well
 
-from benchmarks.train_step import machine, versions  # noqa: E402
-from utils.launch import launch_command  # noqa: E402
+from benchmarks.common import ROOT, build_parser, case, write_report
+from utils.launch import launch_command
 
 NETWORKS = ("iresnet18", "iresnet50", "iresnet100")  # what the peer has as well
 WIDTH, INPUT_SIZE, EMBEDDING_SIZE, BATCH = 4, 32, 16, 4
@@ -47,8 +45,7 @@ SKIPPED = 3  # updates at the start that are not counted: the first is logged, a
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser = build_parser(__doc__)
     parser.add_argument("--networks", nargs="+", default=["iresnet50"], choices=NETWORKS)
     parser.add_argument("--classes", type=int, default=85742)
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 0.1])
@@ -65,27 +62,21 @@ def main(argv: list[str] | None = None) -> None:
         for rate in args.rates:
             for num_ranks in args.ranks:
                 cases += measure(network, args.classes, rate, num_ranks, args.rounds)
-    if args.json:
-        report = {"machine": machine(max(args.ranks)), "versions": versions(), "cases": cases}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.json, cases, f"{max(args.ranks)} ranks of 1 thread")
 
 
 def measure(network: str, num_classes: int, rate: float, num_ranks: int, rounds: int) -> list[dict]:
     """All cases of one name; prints them."""
     name = f"dispatch/{network}/{num_classes}/{rate}/{num_ranks}"
     figures = count(network, num_classes, rate, num_ranks)
+    print(name, " ".join(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
     cases = [{"name": name, "metric": metric, "value": value} for metric, value in figures.items()]
     if rounds:
         sides = {"ours": [], "peer": []}
         for _ in range(rounds):
             for side, found in sides.items():
                 found += time_updates(side, network, num_classes, rate, num_ranks)
-        ours, peer = (statistics.median(sides[side]) for side in ("ours", "peer"))
-        spread = [min(sides["ours"]), max(sides["ours"])]
-        cases.append({"name": name, "metric": "host_ms", "ours": ours, "peer": peer, "peer_name": "pytorch",
-                      "ratio": peer / ours, "runs": len(sides["ours"]), "spread": spread})  # fmt: skip
-        figures |= {"host_ms": ours, "pytorch_ms": peer, "ratio": peer / ours}
-    print(name, " ".join(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
+        cases.append(case(name, "host_ms", sides["ours"], sides["peer"], "pytorch", smaller=True))
     return cases
 
 

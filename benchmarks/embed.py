@@ -18,42 +18,29 @@ Bars with bfloat16: ``pytorch`` 2.5 for iResNets, 2.0 for others; ``bf16_vs_fp32
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-DEPTHS = {
-    "iresnet18": (2, 2, 2, 2),
-    "iresnet34": (3, 4, 6, 3),
-    "iresnet50": (3, 4, 14, 3),
-    "iresnet100": (3, 13, 30, 3),
-}
+from benchmarks.common import PACKAGES, ROOT, build_parser, case, serve, started, write_report
+
 NETWORKS = ("iresnet18", "iresnet50", "mobilefacenet", "vit_t")
-OURS = {"fp32": ("auto", "fp32"), "bf16": ("auto", "bf16"), "predictor": ("predictor", "fp32"),
-        "dynamic": ("dynamic", "fp32")}  # fmt: skip
+OURS = {
+    "fp32": ("auto", "fp32"),
+    "bf16": ("auto", "bf16"),
+    "predictor": ("predictor", "fp32"),
+    "dynamic": ("dynamic", "fp32"),
+}
 SIDES = (*OURS, "pytorch")
 PEERS = {"pytorch": "PyTorch eager", "dynamic": "Paddle dynamic graph", "predictor": "Paddle Inference"}
 NUM_CROPS = 768
-LEAST_COSINE = 0.9995  # as eval/embed.py has it: with less, float32 is our best mode
-
-
-def peer(network: str):
-    """The PyTorch network of that name, untrained."""
-    from benchmarks.peer_backbones import IResNet, MobileFaceNet, ViT
-
-    builders = {name: lambda depths=depths: IResNet(depths) for name, depths in DEPTHS.items()}
-    return {**builders, "mobilefacenet": MobileFaceNet, "vit_t": ViT}[network]()
 
 
 def real_faces(count: int) -> tuple[np.ndarray, str]:
@@ -62,7 +49,7 @@ def real_faces(count: int) -> tuple[np.ndarray, str]:
     from utils.errors import UserError
 
     try:
-        grey_NHW = load_faces(Path(__file__).resolve().parent.parent / "data" / "orl").image_NHW
+        grey_NHW = load_faces(ROOT / "data" / "orl").image_NHW
     except UserError:
         images = np.random.default_rng(0).integers(0, 256, (count, 112, 112, 3), dtype=np.uint8)
         return images, "noise"
@@ -74,21 +61,23 @@ def make_weights(network: str, folder: Path, num_images: int) -> str:
     """``weights.pt`` of a PyTorch network and the images; returns what those are."""
     import torch
 
-    from benchmarks.peer_backbones import randomise
+    from benchmarks import peer_backbones
 
     images, kind = real_faces(num_images)
     torch.manual_seed(0)
-    torch.save(randomise(peer(network)).state_dict(), folder / "weights.pt")
+    torch.save(peer_backbones.randomise(peer_backbones.NETWORKS[network]()).state_dict(), folder / "weights.pt")
     np.save(folder / "images.npy", images)
     return kind
 
 
-def serve(side: str, network: str, folder: Path, threads: int) -> None:
-    """Child process: for each line on stdin, embed so many images and print the seconds."""
-    images = np.load(folder / "images.npy")
+def run_child(side: str, network: str, folder: Path, threads: int) -> None:
+    """For each line on stdin: embed all images, or run the protocol once."""
     if side == "ijb":
         answer, told = _ijb(network, folder, threads)
-    elif side == "pytorch":
+        serve(lambda _: answer(), lambda found: found, **told)
+        return
+    images = np.load(folder / "images.npy")
+    if side == "pytorch":
         answer, told = _pytorch(network, folder, threads), {"engine": "eager", "precision": "fp32"}
     else:
         from eval.embed import load_embedder
@@ -100,24 +89,16 @@ def serve(side: str, network: str, folder: Path, threads: int) -> None:
         except UserError:  # no bfloat16 here
             answer = load_embedder(folder / "weights.pt", network, engine, num_threads=threads)
         told = {"engine": answer.engine, "precision": answer.precision}
-    print(json.dumps(told), flush=True)
-    for line in sys.stdin:
-        if side == "ijb":
-            print(json.dumps(answer()), flush=True)
-            continue
-        batch = images[: int(line)]
-        start = time.perf_counter()
-        embedding_BD = answer(batch)
-        seconds = time.perf_counter() - start
-        np.save(folder / f"{side}.npy", embedding_BD)
-        print(json.dumps({"seconds": seconds}), flush=True)
+    serve(lambda _: answer(images), lambda embedding_BD: np.save(folder / f"{side}.npy", embedding_BD), **told)
 
 
 def _pytorch(network: str, folder: Path, threads: int):
     import torch
 
+    from benchmarks.peer_backbones import NETWORKS as PEER_NETWORKS
+
     torch.set_num_threads(threads)
-    net = peer(network)
+    net = PEER_NETWORKS[network]()
     net.load_state_dict(torch.load(folder / "weights.pt", weights_only=True), strict=True)
     net.eval()
 
@@ -172,52 +153,25 @@ def _ijb(network: str, folder: Path, threads: int):
     return answer, {"engine": embedder.engine, "precision": embedder.precision}
 
 
-class Children:
-    """One process a side."""
-
-    def __init__(self, sides: tuple[str, ...], network: str, folder: Path, threads: int):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
-        self.processes, self.told = {}, {}
-        for side in sides:
-            command = [sys.executable, __file__, "--child", side, network, str(folder), "--threads", str(threads)]
-            self.processes[side] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                                    stderr=subprocess.DEVNULL, text=True, env=environment)  # fmt: skip
-            self.told[side] = self._answer(side)  # one after the other: starting takes all cores
-
-    def ask(self, side: str, count: int) -> dict:
-        """One turn."""
-        self.processes[side].stdin.write(f"{count}\n")
-        self.processes[side].stdin.flush()
-        return self._answer(side)
-
-    def _answer(self, side: str) -> dict:
-        while line := self.processes[side].stdout.readline():
-            if line.startswith("{"):  # engines may print lines of their own
-                return json.loads(line)
-        raise SystemExit(f"error: the {side} side ended with status {self.processes[side].wait()}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for child in self.processes.values():
-            child.kill()
-            child.wait()
+def commands(sides: tuple[str, ...], network: str, folder: Path, threads: int) -> dict[str, list]:
+    """The child of each side."""
+    return {side: [__file__, "--child", side, network, folder, "--threads", threads] for side in sides}
 
 
 def measure(network: str, num_images: int, runs: int, threads: int) -> list[dict]:
-    """One network: all sides in turn; prints and returns its cases."""
+    """One network: all sides in turn; its cases."""
+    from eval.embed import LEAST_COSINE
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         kind = make_weights(network, folder, num_images)
         rates = {side: [] for side in SIDES}
-        with Children(SIDES, network, folder, threads) as children:
-            told = children.told
+        with started(commands(SIDES, network, folder, threads), threads) as children:
+            told = {side: child.told for side, child in children.items()}
             for _ in range(runs + 1):  # the first turn of each side is warm-up
-                for side in SIDES:
-                    rates[side].append(num_images / children.ask(side, num_images)["seconds"])
+                for side, child in children.items():
+                    rates[side].append(num_images / child.turn()["seconds"])
         found = {side: np.load(folder / f"{side}.npy").astype(np.float64) for side in SIDES}
-    rates = {side: values[1:] for side, values in rates.items()}
     scale = max(1.0, float(np.abs(found["pytorch"]).max()))
     difference = max(float(np.abs(found["fp32"] - found[side]).max()) for side in PEERS)
     if not difference < 1e-4 * scale:
@@ -225,15 +179,16 @@ def measure(network: str, num_images: int, runs: int, threads: int) -> list[dict
     norms = np.linalg.norm(found["bf16"], axis=1) * np.linalg.norm(found["fp32"], axis=1)
     cosine = float(((found["bf16"] * found["fp32"]).sum(1) / norms).min())
     reduced = told["bf16"]["precision"] == "bf16"
-    common = {"images": kind, "largest_difference": difference}
     best = "bf16" if reduced and cosine >= LEAST_COSINE else "fp32"
-    cases = []
-    for side, ours in (("pytorch", best), ("dynamic", best), ("predictor", "fp32")):
-        more = {**common, "engine": told[ours]["engine"], "precision": told[ours]["precision"]}
-        cases.append(_case(f"embed/{network}/{side}", rates[ours], rates[side], PEERS[side], more))
+
+    def compared(ours: str, side: str, name: str, peer_name: str, **more: object) -> dict:
+        more |= {"images": kind, "largest_difference": difference, **told[ours]}
+        values = rates[ours][1:], rates[side][1:]
+        return case(f"embed/{network}/{name}", "images_s", *values, peer_name, paired=True, **more)
+
+    cases = [compared("fp32" if side == "predictor" else best, side, side, PEERS[side]) for side in PEERS]
     if reduced:
-        more = {**common, "engine": told["bf16"]["engine"], "precision": "bf16", "least_cosine": cosine}
-        cases.append(_case(f"embed/{network}/bf16_vs_fp32", rates["bf16"], rates["fp32"], "our float32", more))
+        cases.append(compared("bf16", "fp32", "bf16_vs_fp32", "our float32", least_cosine=cosine))
         print(f"  least cosine of bfloat16 to float32: {cosine:.6f} ({kind})")
     return cases
 
@@ -243,65 +198,35 @@ def measure_ijb(network: str, runs: int, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_weights(network, folder, 1)
-        with Children(("ijb",), network, folder, threads) as children:
-            times = [children.ask("ijb", 0) for _ in range(runs + 1)][1:]
-            told = children.told["ijb"]
+        with started(commands(("ijb",), network, folder, threads), threads) as children:
+            times = [children["ijb"].turn() for _ in range(runs + 1)][1:]
+            told = children["ijb"].told
     alone, whole = ([one[key] for one in times] for key in ("network", "whole"))
     ratios = [a / b for a, b in zip(alone, whole, strict=True)]
     overhead = statistics.median(whole) / statistics.median(alone) - 1
-    print(f"ijb/crops_to_table: {NUM_CROPS} crops, {network}, {told['engine']} {told['precision']}: "
-          f"{statistics.median(whole):.2f} s, the network alone {statistics.median(alone):.2f} s, "
-          f"overhead {100 * overhead:.1f} %")  # fmt: skip
-    return {
-        "name": "ijb/crops_to_table", "metric": "seconds", "ours": statistics.median(whole),
-        "peer": statistics.median(alone), "peer_name": "the network alone", "ratio": 1 / (1 + overhead),
-        "runs": len(times), "spread": [min(ratios), max(ratios)], "overhead": overhead, "network": network, **told,
-    }  # fmt: skip
-
-
-def _case(name: str, ours: list[float], theirs: list[float], peer_name: str, more: dict) -> dict:
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    case = {
-        "name": name,
-        "metric": "images_s",
-        "ours": statistics.median(ours),
-        "peer": statistics.median(theirs),
-        "peer_name": peer_name,
-        "ratio": statistics.median(ratios),
-        "runs": len(ours),
-        "spread": [min(ratios), max(ratios)],
-        **more,
-    }
-    print("{name}: {ours:.1f} images/s ({engine}, {precision}) against {peer:.1f} ({peer_name}), ratio {ratio:.2f}"
-          .format(**case), flush=True)  # fmt: skip
-    return case
+    more = {"spread": [min(ratios), max(ratios)], "overhead": overhead, "network": network, **told}
+    print(f"{NUM_CROPS} crops, {network}, {told['engine']} {told['precision']}: overhead {100 * overhead:.1f} %")
+    return case("ijb/crops_to_table", "seconds", whole, alone, "the network alone", smaller=True, **more)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=(*DEPTHS, "mobilefacenet", "vit_t"))
+    parser = build_parser(__doc__)
+    networks = ("iresnet18", "iresnet34", "iresnet50", "iresnet100")
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=(*networks, "mobilefacenet", "vit_t"))
     parser.add_argument("--images", type=int, default=64, help="images a turn (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="measured turns, after one that is not")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
-    parser.add_argument("--ijb-network", default="iresnet50", choices=(*DEPTHS, "none"), help="of ijb/crops_to_table")
+    parser.add_argument("--ijb-network", default="iresnet50", choices=(*networks, "none"), help="of ijb/crops_to_table")
     parser.add_argument("--child", nargs=3, metavar=("SIDE", "NETWORK", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.child:
-        serve(args.child[0], args.child[1], Path(args.child[2]), args.threads)
+        run_child(args.child[0], args.child[1], Path(args.child[2]), args.threads)
         return
-    cases = [case for network in args.networks for case in measure(network, args.images, args.runs, args.threads)]
+    cases = [found for network in args.networks for found in measure(network, args.images, args.runs, args.threads)]
     if args.ijb_network != "none":
         cases.append(measure_ijb(args.ijb_network, max(1, args.runs // 2), args.threads))
-    packages = ("paddlepaddle", "openvino", "torch", "numpy")
-    report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads a side, {platform.system()}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "cases": cases,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.json, cases, f"{args.threads} threads a side", (*PACKAGES, "openvino"))
 
 
 if __name__ == "__main__":

@@ -15,24 +15,21 @@ import argparse
 import heapq
 import json
 import math
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-if __name__ == "__main__":
+if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import sklearn
 from sklearn.metrics import roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
+from benchmarks.common import ROOT, build_parser, case, write_report
 from eval.identification import cmc, pair_recall
 from eval.metrics import ACCURACY_GRID, FARS, VAL_GRID, tar_at_far, verification_metrics
 from eval.search import search
@@ -40,7 +37,6 @@ from eval.templates import pool_templates, score_pairs
 from utils.errors import UserError, one_line_errors
 from utils.system import peak_bytes, reset_peak
 
-ROOT = Path(__file__).resolve().parent.parent
 NUM_IMAGES, NUM_GALLERY, NUM_PROBES = 469_375, 3_531, 19_593
 NUM_PAIRS, NUM_GENUINE, MAX_ID, SIZE = 15_658_489, 19_557, 187_955, 512
 
@@ -179,6 +175,14 @@ def our_verification(embedding_ND, same_P):
     return [m.accuracy, m.accuracy_std, m.val, m.val_std, m.far, *m.tpr_K.tolist(), *m.fpr_K.tolist()]
 
 
+def timed(function, *arguments) -> dict:
+    """Seconds, those of all threads (they tell a busy machine from slow code) and the figures found."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    figures = function(*arguments)
+    cpu_seconds = time.process_time() - cpu_start
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds, "figures": figures}
+
+
 def work(name: str, folder: Path) -> dict:
     """One measurement, in a process of its own: seconds, peak memory and the figures found."""
     case, side = name.split(":")
@@ -188,11 +192,8 @@ def work(name: str, folder: Path) -> dict:
         rows = [np.searchsorted(template_T, load[key]) for key in ("gallery", "probe")]
         load = {"gallery": pooled_TD[rows[0]], "probe": pooled_TD[rows[1]], "mate": load["probe_subject"]}
     held = reset_peak()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    figures = FUNCTIONS[case, side](*load.values())
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    peak_mb = (peak_bytes() - held) / 2**20  # the kernel's own record: nothing runs beside what is timed
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak_mb, "figures": figures}
+    found = timed(FUNCTIONS[case, side], *load.values())
+    return found | {"peak_mb": (peak_bytes() - held) / 2**20}  # the kernel's own record: nothing runs beside it
 
 
 CASE_ARRAYS = {
@@ -219,28 +220,15 @@ def compare(name: str, ours: list[dict], peer: list[dict], metrics: tuple[str, .
     """Rows of the result file; the figures of both sides must agree exactly."""
     if ours[0]["figures"] != peer[0]["figures"]:
         raise AssertionError(f"{name}: figures differ: ours {ours[0]['figures'][:12]}, peer {peer[0]['figures'][:12]}")
-    rows = []
-    for metric in metrics:
-        mine, theirs = (statistics.median(run[metric] for run in runs) for runs in (ours, peer))
-        rows.append(
-            {
-                "name": name,
-                "metric": metric,
-                "ours": mine,
-                "peer": theirs,
-                "peer_name": "straightforward numpy + scikit-learn",
-            }
-            | {"ratio": theirs / mine, "runs": len(ours), "peer_runs": len(peer), "figures_identical": True}
-            | {"spread": [min(run[metric] for run in ours), max(run[metric] for run in ours)]}
-        )
-        if metric == "seconds":  # of all threads: tells a busy machine from slow code
-            cpu_seconds = {
-                side: min(run["cpu_seconds"] for run in runs) for side, runs in (("ours", ours), ("peer", peer))
-            }
-            rows[-1]["cpu_seconds"] = cpu_seconds
-            print(f"{name:24} CPU seconds of all threads: {cpu_seconds}")
-        print(f"{name:24} {metric:8} ours {mine:10.3f}  peer {theirs:10.3f}  ratio {theirs / mine:7.1f}", flush=True)
-    return rows
+    sides = {"ours": ours, "peer": peer}
+    more = {"peer_runs": len(peer), "figures_identical": True}
+    more["cpu_seconds"] = {side: min(run["cpu_seconds"] for run in runs) for side, runs in sides.items()}
+    print(f"{name}: CPU seconds of all threads: {more['cpu_seconds']}")
+    peer_name = "straightforward numpy + scikit-learn"
+    return [
+        case(name, metric, *([run[metric] for run in runs] for runs in sides.values()), peer_name, smaller=True, **more)
+        for metric in metrics
+    ]
 
 
 def time_verification(runs: int, peer_runs: int, num_pairs: int = 6000) -> list[dict]:
@@ -251,25 +239,18 @@ def time_verification(runs: int, peer_runs: int, num_pairs: int = 6000) -> list[
     right = np.where(same_P[:, None], left, 0) + 1.9 * rng.normal(size=(num_pairs, SIZE))
     embedding_ND = np.stack([left, right], 1).reshape(-1, SIZE).astype(np.float32)
 
-    def timed(function):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        figures = function(embedding_ND, same_P)
-        cpu_seconds = time.process_time() - cpu_start
-        return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds, "figures": figures}
-
     our_verification(embedding_ND[:200], same_P[:100])
     ours, peer = [], []
     for _ in range(peer_runs):  # in turns
-        ours += [timed(our_verification) for _ in range(runs)]
-        peer.append(timed(peer_verification))
+        ours += [timed(our_verification, embedding_ND, same_P) for _ in range(runs)]
+        peer.append(timed(peer_verification, embedding_ND, same_P))
     return compare("verification/6000", ours, peer, ("seconds",))
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the cases and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = build_parser(__doc__)
     parser.add_argument("--cases", default="verification,one_to_n,features_to_table")
     parser.add_argument("--scale", type=float, default=1.0, help="1 is full IJB-C size")
     parser.add_argument(
@@ -296,14 +277,7 @@ def main(argv: list[str] | None = None) -> None:
                 peer = [run_worker(case, "peer", folder)]
                 ours += [run_worker(case, "ours", folder) for _ in range(args.runs)]
                 rows += compare(f"ijb/{case}", ours, peer, ("seconds", "peak_mb"))
-    if args.json is not None:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-        }
-        versions = {"python": platform.python_version(), "numpy": np.__version__, "scikit-learn": sklearn.__version__}
-        args.json.write_text(json.dumps({"machine": machine, "versions": versions, "cases": rows}, indent=2) + "\n")
+    write_report(args.json, rows, "all threads on both sides", ("numpy", "scikit-learn"))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,17 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import build_parser, case, started, write_report
+
 BAR = 0.97
 BATCH, TURN, ROUND = 16, 25, 200  # images an update, updates a turn and a round
 OFFSET = 10  # updates before the first turn, so that no checkpoint falls on the end of one
@@ -48,10 +50,8 @@ class Turns:
     def __iter__(self) -> Iterator:
         for batch in self._loader:
             if self._left == 0:
-                if self._began is not None:
-                    print(time.perf_counter() - self._began, file=self._reply, flush=True)
-                else:
-                    print("ready", file=self._reply, flush=True)
+                told = {} if self._began is None else {"seconds": time.perf_counter() - self._began}
+                print(json.dumps(told), file=self._reply, flush=True)
                 if not sys.stdin.readline():
                     os._exit(0)
                 self._left, self._began = TURN, time.perf_counter()
@@ -61,7 +61,6 @@ class Turns:
 
 def child(kind: str, folder: Path, width: int) -> None:
     """Serve turns: a line in is a turn, its seconds come out; end of input ends it."""
-    sys.path.insert(0, str(ROOT))
     import train
     from config import load_config
     from utils import distributed
@@ -87,8 +86,7 @@ def child(kind: str, folder: Path, width: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser = build_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of 200 updates each")
     parser.add_argument("--width", type=int, default=8, help="stem width of the network")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -96,64 +94,23 @@ def main(argv: list[str] | None = None) -> None:
     if args.child:
         child(args.child[0], Path(args.child[1]), args.width)
         return
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    ratios, totals = [], {"ours": 0.0, "bare": 0.0}
+    rates = {"ours": [], "bare": []}  # images a second, round by round
     with tempfile.TemporaryDirectory(prefix="overhead_") as folder:
-        children = {
-            kind: subprocess.Popen(
-                [sys.executable, __file__, "--child", kind, folder, "--width", str(args.width)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
-            )
-            for kind in totals
-        }  # fmt: skip
-        try:
-            for kind, process in children.items():
-                _line(kind, process, "ready")
-            for _ in range(args.rounds):
-                seconds = {"ours": 0.0, "bare": 0.0}
+        commands = {kind: [__file__, "--child", kind, folder, "--width", args.width] for kind in rates}
+        with started(commands, threads=1) as children:
+            for number in range(args.rounds):
+                seconds = dict.fromkeys(rates, 0.0)
                 for turn in range(ROUND // TURN):
                     for kind in sorted(children, reverse=turn % 2 == 0):
-                        process = children[kind]
-                        process.stdin.write("go\n")
-                        process.stdin.flush()
-                        seconds[kind] += float(_line(kind, process))
-                ratios.append(seconds["bare"] / seconds["ours"])
-                print(f"round {len(ratios)}: {seconds}, ratio {ratios[-1]:.3f}", flush=True)
-                totals = {kind: total + seconds[kind] for kind, total in totals.items()}
-        finally:
-            for process in children.values():
-                process.stdin.close()
-                process.wait()
-    rate = {kind: args.rounds * ROUND * BATCH / total for kind, total in totals.items()}
-    case = {
-        "name": "loop/overhead",
-        "metric": "images_s",
-        "ours": rate["ours"],
-        "peer": rate["bare"],
-        "peer_name": "bare loop",
-        "ratio": statistics.median(ratios),
-        "runs": args.rounds,
-        "spread": [min(ratios), max(ratios)],
-    }
-    both = f"{case['ours']:.1f} images/s, bare loop {case['peer']:.1f}"
-    print(f"loop/overhead: {both}, ratio {case['ratio']:.3f} (bar {BAR})")
-    if args.json:
-        versions = {name: version(name) for name in ("paddlepaddle", "numpy")}
-        report = {"machine": f"{os.cpu_count()} cores, one thread a side", "versions": versions, "cases": [case]}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def _line(kind: str, process: subprocess.Popen, expected: str | None = None) -> str:
-    """The next line of figures; Paddle's own lines are passed over."""
-    while True:
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit(f"the {kind} child ended with status {process.wait()}")
-        text = line.strip()
-        if text == expected:
-            return text
-        if expected is None and text.replace(".", "", 1).isdigit():
-            return text
+                        seconds[kind] += children[kind].turn()["seconds"]
+                for kind, found in rates.items():
+                    found.append(ROUND * BATCH / seconds[kind])
+                print(f"round {number + 1}: {seconds}, ratio {seconds['bare'] / seconds['ours']:.3f}", flush=True)
+    # Over all rounds it is the harmonic mean: the images by the seconds of all of them.
+    options = {"paired": True, "middle": statistics.harmonic_mean}
+    found = case("loop/overhead", "images_s", rates["ours"], rates["bare"], "bare loop", **options)
+    print(f"  ratio {found['ratio']:.3f} (bar {BAR})")
+    write_report(args.json, [found], "one thread a side", ("paddlepaddle", "numpy"))
 
 
 if __name__ == "__main__":

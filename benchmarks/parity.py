@@ -11,12 +11,9 @@ at 0.02 the first five updates agree to 1e-6 as well, but rounding has grown to 
 
 import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -24,9 +21,9 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from utils.launch import launch_command, rank_environment
+from benchmarks.common import ROOT, build_parser, case, child_environment, rank_environments, write_report
+from utils.launch import launch_command
 
-ROOT = Path(__file__).resolve().parent.parent
 BOUND = 1e-3
 CONFIG = """
 run: {{output: {output}, device: cpu, seed: 1, batch_size: {batch}, max_steps: {steps}, hang_timeout: 0}}
@@ -80,14 +77,8 @@ def run_ours(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     path = folder / f"config_{world_size}_{rank}.yaml"
     size = plan["global_batch"] // world_size
-    values = {
-        **plan,
-        "lr": plan["base_lr"],
-        "steps": len(plan["lr"]),
-        "batch": size,
-        "output": folder / f"run_{world_size}",
-    }
-    path.write_text(CONFIG.format(**values))
+    values = {"lr": plan["base_lr"], "steps": len(plan["lr"]), "batch": size, "output": folder / f"run_{world_size}"}
+    path.write_text(CONFIG.format(**plan | values))
     run = train.build(load_config(path))
     weight = np.concatenate(distributed.all_gather_object(run.head.export_weight()))
     if rank == 0:
@@ -107,41 +98,39 @@ def run_ours(folder: Path) -> None:
 
 def compare(folder: Path, num_ranks: int) -> dict:
     """Both sides on so many ranks; the case for the report."""
-    environment = rank_environment("cpu", threads=1) | {"PYTHONWARNINGS": "ignore"}
     ours = [sys.executable, __file__, "--child", str(folder)]
     if num_ranks > 1:
         ours = launch_command(num_ranks, __file__, ["--child", folder], folder / "log")
-    _run([ours], environment)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    peer = [sys.executable, str(ROOT / "benchmarks" / "peer_train.py"), str(folder)]
-    _run([[*peer, str(rank), str(num_ranks), str(port)] for rank in range(num_ranks)], environment)
-    curves = {
-        side: np.array(json.loads((folder / f"{side}_{num_ranks}.json").read_text())) for side in ("ours", "peer")
-    }
-    relative = np.abs(curves["ours"] - curves["peer"]) / np.abs(curves["peer"])
-    return {
-        "name": f"parity/loss/{num_ranks}",
-        "metric": "final_loss",
-        "ours": float(curves["ours"][-1]),
-        "peer": float(curves["peer"][-1]),
-        "peer_name": "pytorch",
-        "ratio": float(curves["peer"][-1] / curves["ours"][-1]),
-        "runs": 1,
-        "spread": [float(curves["ours"].min()), float(curves["ours"].max())],
-        "steps": len(relative),
-        "first_loss": float(curves["ours"][0]),
-        "max_relative_difference": float(relative.max()),
-        "at_step": int(relative.argmax()) + 1,
-    }
+    _run(ours, [child_environment(threads=1)])
+    _run([sys.executable, str(ROOT / "benchmarks" / "peer_train.py"), str(folder)], rank_environments(num_ranks))
+    ours, peer = (np.array(json.loads((folder / f"{side}_{num_ranks}.json").read_text())) for side in ("ours", "peer"))
+    relative = np.abs(ours - peer) / np.abs(peer)
+    found = case(
+        f"parity/loss/{num_ranks}",
+        "final_loss",
+        ours.tolist(),
+        peer.tolist(),
+        "pytorch",
+        smaller=True,
+        middle=lambda losses: losses[-1],
+        steps=len(relative),
+        first_loss=float(ours[0]),
+        max_relative_difference=float(relative.max()),
+        at_step=int(relative.argmax()) + 1,
+    )
+    print(
+        f"  largest relative difference {found['max_relative_difference']:.2e} at step {found['at_step']} of "
+        f"{found['steps']} ({'within' if found['max_relative_difference'] <= BOUND else 'ABOVE'} {BOUND:g})",
+        flush=True,
+    )
+    return found | {"runs": 1}
 
 
-def _run(commands: list[list[str]], environment: dict) -> None:
-    """Start all, wait for all; their output only if one fails."""
+def _run(command: list[str], environments: list[dict[str, str]]) -> None:
+    """Start a process for each environment, wait for all; their output only if one fails."""
     started = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
+        for environment in environments
     ]
     outputs = [child.communicate()[0] for child in started]
     if any(child.returncode for child in started):
@@ -150,8 +139,7 @@ def _run(commands: list[list[str]], environment: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser = build_parser(__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -160,24 +148,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.child:
         run_ours(args.child)
         return
-    cases = []
     with tempfile.TemporaryDirectory(prefix="parity_") as name:
         prepare(Path(name), args.steps, args.lr)
-        for num_ranks in args.ranks:
-            case = compare(Path(name), num_ranks)
-            cases.append(case)
-            difference = case["max_relative_difference"]
-            print(
-                f"{case['name']}: loss {case['first_loss']:.4f}, ours {case['ours']:.6f}, pytorch {case['peer']:.6f}; "
-                f"largest relative difference {difference:.2e} at step {case['at_step']} of {case['steps']} "
-                f"({'within' if difference <= BOUND else 'ABOVE'} {BOUND:g})",
-                flush=True,
-            )
-    if args.json:
-        versions = {each: version(each) for each in ("paddlepaddle", "torch", "numpy")}
-        report = {"machine": f"{os.cpu_count()} cores", "versions": versions, "cases": cases}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    if any(case["max_relative_difference"] > BOUND for case in cases):
+        cases = [compare(Path(name), num_ranks) for num_ranks in args.ranks]
+    write_report(args.json, cases, "one thread a rank")
+    if any(found["max_relative_difference"] > BOUND for found in cases):
         raise SystemExit(1)
 
 

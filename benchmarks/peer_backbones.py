@@ -3,6 +3,8 @@
 Layer names are those of the checkpoints. ``width`` and ``embedding_size`` are free, so that tests stay small.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -54,49 +56,30 @@ class IResNet(nn.Module):
         return self.features(self.fc(self.dropout(torch.flatten(self.bn2(x), 1))))
 
 
-class _ConvBN(nn.Module):
-    def __init__(self, num_in, num_out, kernel=1, stride=1, padding=0, groups=1, activation=True):
+class _Layers(nn.Module):
+    """Layers one after the other, under the name that the checkpoints have; ``residual`` adds what came in."""
+
+    def __init__(self, *layers: nn.Module, residual: bool = False):
         super().__init__()
-        conv = nn.Conv2d(num_in, num_out, kernel, stride, padding, groups=groups, bias=False)
-        parts = [conv, nn.BatchNorm2d(num_out), *([nn.PReLU(num_out)] if activation else [])]
-        self.layers = nn.Sequential(*parts)
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-class _Bottleneck(nn.Module):
-    def __init__(self, num_in, num_out, hidden, stride, residual):
-        super().__init__()
-        self.residual = residual
-        self.layers = nn.Sequential(
-            _ConvBN(num_in, hidden),
-            _ConvBN(hidden, hidden, 3, stride, 1, hidden),
-            _ConvBN(hidden, num_out, activation=False),
-        )
+        self.layers, self.residual = nn.Sequential(*layers), residual
 
     def forward(self, x):
         return x + self.layers(x) if self.residual else self.layers(x)
 
 
-class _Stage(nn.Module):
-    def __init__(self, channels, depth, hidden):
-        super().__init__()
-        self.layers = nn.Sequential(*(_Bottleneck(channels, channels, hidden, 1, True) for _ in range(depth)))
-
-    def forward(self, x):
-        return self.layers(x)
+def _conv(num_in, num_out, kernel=1, stride=1, padding=0, groups=1, activation=True) -> _Layers:
+    """Convolution, BN and perhaps PReLU."""
+    conv = nn.Conv2d(num_in, num_out, kernel, stride, padding, groups=groups, bias=False)
+    return _Layers(conv, nn.BatchNorm2d(num_out), *([nn.PReLU(num_out)] if activation else []))
 
 
-class _Embedding(nn.Module):
-    def __init__(self, channels, embedding_size):
-        super().__init__()
-        depthwise = _ConvBN(channels, channels, 7, groups=channels, activation=False)
-        linear = nn.Linear(channels, embedding_size, bias=False)
-        self.layers = nn.Sequential(depthwise, nn.Flatten(), linear, nn.BatchNorm1d(embedding_size))
+def _bottleneck(num_in, num_out, hidden, stride=1, residual=False) -> _Layers:
+    depthwise = _conv(hidden, hidden, 3, stride, 1, hidden)
+    return _Layers(_conv(num_in, hidden), depthwise, _conv(hidden, num_out, activation=False), residual=residual)
 
-    def forward(self, x):
-        return self.layers(x)
+
+def _stage(channels, depth, hidden) -> _Layers:
+    return _Layers(*(_bottleneck(channels, channels, hidden, residual=True) for _ in range(depth)))
 
 
 class MobileFaceNet(nn.Module):
@@ -105,21 +88,23 @@ class MobileFaceNet(nn.Module):
     def __init__(self, depths=(1, 4, 6, 2), hidden_ratio=1.0, width=128, embedding_size=512):
         super().__init__()
         hidden = int(width * hidden_ratio)
-        grouped = _ConvBN(width, width, 3, 1, 1, hidden // 2)
         self.layers = nn.ModuleList(
             [
-                _ConvBN(3, width, 3, 2, 1),
-                grouped if depths[0] == 1 else _Stage(width, depths[0], hidden),
-                _Bottleneck(width, width, hidden, 2, False),
-                _Stage(width, depths[1], hidden),
-                _Bottleneck(width, 2 * width, 2 * hidden, 2, False),
-                _Stage(2 * width, depths[2], 2 * hidden),
-                _Bottleneck(2 * width, 2 * width, 4 * hidden, 2, False),
-                _Stage(2 * width, depths[3], 2 * hidden),
+                _conv(3, width, 3, 2, 1),
+                _conv(width, width, 3, 1, 1, hidden // 2) if depths[0] == 1 else _stage(width, depths[0], hidden),
+                _bottleneck(width, width, hidden, 2),
+                _stage(width, depths[1], hidden),
+                _bottleneck(width, 2 * width, 2 * hidden, 2),
+                _stage(2 * width, depths[2], 2 * hidden),
+                _bottleneck(2 * width, 2 * width, 4 * hidden, 2),
+                _stage(2 * width, depths[3], 2 * hidden),
             ]
         )
-        self.conv_sep = _ConvBN(2 * width, 4 * hidden)
-        self.features = _Embedding(4 * hidden, embedding_size)
+        channels = 4 * hidden
+        self.conv_sep = _conv(2 * width, channels)
+        depthwise = _conv(channels, channels, 7, groups=channels, activation=False)
+        linear = nn.Linear(channels, embedding_size, bias=False)
+        self.features = _Layers(depthwise, nn.Flatten(), linear, nn.BatchNorm1d(embedding_size))
 
     def forward(self, x):
         for layer in self.layers:
@@ -182,3 +167,13 @@ class ViT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.feature(self.norm(x).flatten(1))
+
+
+DEPTHS = {
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+}
+NETWORKS = {name: partial(IResNet, depths) for name, depths in DEPTHS.items()}
+NETWORKS |= {"mobilefacenet": MobileFaceNet, "vit_t": ViT}

@@ -1,16 +1,14 @@
 r"""The PyTorch side of ``benchmarks/dispatch.py``'s ``host_ms``: whole updates of a narrow iresnet and Partial FC.
 
-Written for this comparison, of the parts of ``benchmarks/peer_train.py`` (gather with gradient, softmax over the
-classes of all ranks) and ``benchmarks/peer_train_step.py`` (the draw of Partial FC v2): DistributedDataParallel where
-there are several ranks, clipping of the backbone by its global norm, one SGD with momentum and decay for backbone and
-class rows, the loss read after each update as arcface_torch does for its log.
+Written for this comparison, with the head of ``benchmarks/peer_train.py``: DistributedDataParallel where there are
+several ranks, clipping of the backbone by its global norm, one SGD with momentum and decay for backbone and class rows,
+the loss read after each update as arcface_torch does for its log.
 
     torchrun --standalone --nproc_per_node 1 benchmarks/peer_dispatch.py OUT NETWORK CLASSES RATE BATCH WIDTH SIZE DIM \
         UPDATES
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -20,35 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from peer_backbones import IResNet
-from peer_train import _Gather, _SoftmaxLoss
-from torch.nn.functional import linear, normalize
+from peer_train import class_rows, head_loss
 
 DEPTHS = {"iresnet18": (2, 2, 2, 2), "iresnet50": (3, 4, 14, 3), "iresnet100": (3, 13, 30, 3)}
-
-
-def head_loss(embedding, label, weight, start: int, rate: float, s: float = 64.0, m: float = 0.5):
-    """Loss of the global batch from this rank's class rows [N, D]; below rate 1 from a draw of them."""
-    features = _Gather.apply(embedding)
-    labels = [torch.empty_like(label) for _ in range(dist.get_world_size())]
-    dist.all_gather(labels, label)
-    label = torch.cat(labels) - start
-    elsewhere = (label < 0) | (label >= len(weight))
-    label[elsewhere] = -1
-    if rate < 1:
-        with torch.no_grad():
-            positive = torch.unique(label[~elsewhere], sorted=True)
-            score = torch.rand(len(weight))
-            score[positive] = 2.0
-            index = score.topk(int(rate * len(weight))).indices.sort().values
-            label = torch.searchsorted(index, label)
-            label[elsewhere] = -1
-        weight = weight[index]
-    logits = linear(normalize(features), normalize(weight)).clamp(-1, 1)
-    with torch.no_grad():
-        rows = torch.nonzero(label >= 0).squeeze(1)
-        cos = logits[rows, label[rows]]
-        logits[rows, label[rows]] = cos * math.cos(m) - torch.sqrt(1 - cos * cos) * math.sin(m)
-    return _SoftmaxLoss.apply(logits * s, label)
 
 
 def main() -> None:
@@ -62,9 +34,8 @@ def main() -> None:
     backbone = IResNet(DEPTHS[network], width, dim)
     backbone.fc = torch.nn.Linear(width * 8 * (size // 16) ** 2, dim)
     backbone.features.weight.requires_grad = False
-    base, more = divmod(num_classes, world_size)
-    start = base * rank + min(rank, more)
-    weight = torch.nn.Parameter(torch.normal(0, 0.01, (base + (rank < more), dim)))
+    mine = class_rows(num_classes)
+    weight = torch.nn.Parameter(torch.normal(0, 0.01, (mine.stop - mine.start, dim)))
     model = backbone
     if world_size > 1:
         model = torch.nn.parallel.DistributedDataParallel(backbone, broadcast_buffers=False)
@@ -80,7 +51,7 @@ def main() -> None:
         before = now
         image = torch.from_numpy(images[step % 8]).float().mul_(2 / 255).sub_(1)
         label = torch.from_numpy(rng.integers(0, num_classes, batch))
-        loss = head_loss(model(image), label, weight, start, rate)
+        loss = head_loss(model(image), label, weight, mine.start, rate)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 5.0)
         optimizer.step()

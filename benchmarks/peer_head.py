@@ -16,10 +16,10 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from head_child import serve
 from torch.nn.functional import linear, normalize
 
-from utils.system import reset_peak
+from benchmarks.common import serve
+from utils.system import peak_bytes, reset_peak
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -68,28 +68,26 @@ class PeerHead(torch.nn.Module):
 
 
 def main() -> None:
-    num_classes, rate, batch, dim, threads = (float(value) for value in sys.argv[1:6])
-    num_classes, batch, dim = int(num_classes), int(batch), int(dim)
-    torch.set_num_threads(int(threads))
+    """Serve steps."""
+    num_classes, rate, batch, dim, threads = (
+        kind(value) for kind, value in zip((int, float, int, int, int), sys.argv[1:6], strict=True)
+    )
+    torch.set_num_threads(threads)
     base = reset_peak()
+    torch.manual_seed(0)
+    head = PeerHead(num_classes, dim, rate)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 
-    def build():
-        torch.manual_seed(0)
-        head = PeerHead(num_classes, dim, rate)
-        optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    def step(_: str) -> float:
+        embedding = torch.randn(batch, dim, requires_grad=True)
+        label = torch.randint(num_classes, (batch,))
+        loss = head(embedding, label)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
 
-        def step() -> float:
-            embedding = torch.randn(batch, dim, requires_grad=True)
-            label = torch.randint(num_classes, (batch,))
-            loss = head(embedding, label)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.item()
-
-        return step
-
-    serve(build, base)
+    serve(step, lambda loss: {"loss": loss, "peak": peak_bytes() - base})
 
 
 if __name__ == "__main__":

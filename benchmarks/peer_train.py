@@ -5,12 +5,11 @@ and labels of all ranks gathered, class rows sharded over ranks, normalised prod
 without gradient, softmax over the classes of all ranks (all-reduced maximum and sum), the gathered features' gradient
 summed over ranks and multiplied by their number, global-norm clip of the backbone, one SGD with momentum and decay.
 
-    python benchmarks/peer_train.py FOLDER RANK RANKS PORT
+    python benchmarks/peer_train.py FOLDER        (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
 """
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -65,29 +64,45 @@ class _SoftmaxLoss(torch.autograd.Function):
         return gradient / len(label) * upstream, None
 
 
-def head_loss(embedding, label, weight, start, s, m):
-    """Loss of the global batch from this rank's class rows."""
+def head_loss(embedding, label, weight, start: int, rate: float = 1.0, s: float = 64.0, m: float = 0.5):
+    """Loss of the global batch from this rank's class rows [N, D]; below rate 1 from a draw of them.
+
+    The draw is that of Partial FC v2: random scores, positives on top, top-k, sort.
+    """
     features = _Gather.apply(embedding)
     labels = [torch.empty_like(label) for _ in range(dist.get_world_size())]
     dist.all_gather(labels, label)
     label = torch.cat(labels) - start
-    label[(label < 0) | (label >= len(weight))] = -1
+    elsewhere = (label < 0) | (label >= len(weight))
+    if rate < 1:
+        with torch.no_grad():
+            positive = torch.unique(label[~elsewhere], sorted=True)
+            score = torch.rand(len(weight))
+            score[positive] = 2.0
+            index = score.topk(int(rate * len(weight))).indices.sort().values
+            label = torch.searchsorted(index, label)
+        weight = weight[index]
+    label[elsewhere] = -1
     logits = linear(normalize(features), normalize(weight)).clamp(-1, 1)
-    rows = torch.nonzero(label >= 0).squeeze(1)
     with torch.no_grad():
+        rows = torch.nonzero(label >= 0).squeeze(1)
         cos = logits[rows, label[rows]]
-        shifted = cos * math.cos(m) - torch.sqrt(1 - cos * cos) * math.sin(m)
-    logits = logits.clone()
-    with torch.no_grad():
-        logits[rows, label[rows]] = shifted
+        logits[rows, label[rows]] = cos * math.cos(m) - torch.sqrt(1 - cos * cos) * math.sin(m)
     return _SoftmaxLoss.apply(logits * s, label)
+
+
+def class_rows(num_classes: int) -> slice:
+    """This rank's classes, contiguous in rank order."""
+    base, more = divmod(num_classes, dist.get_world_size())
+    start = base * dist.get_rank() + min(dist.get_rank(), more)
+    return slice(start, start + base + (dist.get_rank() < more))
 
 
 def main() -> None:
     """Train and write ``peer_<ranks>.json``."""
-    folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[4]}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     plan = json.loads((folder / "plan.json").read_text())
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -98,9 +113,8 @@ def main() -> None:
     backbone.load_state_dict(state)
     backbone.features.weight.requires_grad = False
     backbone.train()
-    base, more = divmod(len(whole), world_size)
-    start = base * rank + min(rank, more)
-    weight = torch.nn.Parameter(whole[start : start + base + (rank < more)].clone())
+    mine = class_rows(len(whole))
+    weight = torch.nn.Parameter(whole[mine].clone())
     model = torch.nn.parallel.DistributedDataParallel(backbone, broadcast_buffers=False)
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     groups = [{"params": trained}, {"params": [weight]}]
@@ -116,7 +130,7 @@ def main() -> None:
         label = torch.tensor(labels[first : first + size])
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = head_loss(model(image), label, weight, start, plan["s"], plan["m"])
+        loss = head_loss(model(image), label, weight, mine.start, s=plan["s"], m=plan["m"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, plan["clip_norm"])
         optimizer.step()

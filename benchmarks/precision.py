@@ -11,20 +11,17 @@ Cases ``precision/<engine>/<precision>``: ``largest_difference`` in points (perc
 ``largest_resolved`` of those whose step is below the bar, ``least_cosine`` to the dynamic graph's embedding.
 """
 
-import argparse
-import json
-import os
-import platform
 import sys
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from benchmarks.common import build_parser, write_report
 from eval.embed import Embedder, load_embedder
 from eval.features import protocol_features
 from eval.metrics import distance_metrics
@@ -124,9 +121,8 @@ def compare(found: dict[str, Figure], expected: dict[str, Figure], bar: float) -
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--demo", type=Path, default=Path("work_dirs/orl_demo"), help="what make demo left")
-    parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args(argv)
     run = str(args.demo / "run")
     expected, reference_ND = figures(load_embedder(run, engine="dynamic"), args.demo)
@@ -143,18 +139,12 @@ def main(argv: list[str] | None = None) -> None:
         fields, text = compare(found, expected, bar)
         cosine = float((embedding_ND * reference_ND).sum(1).min())
         print(f"openvino, {precision}: {text}; least cosine {cosine:.6f} ({len(embedding_ND)} images)")
-        cases.append({"name": f"precision/openvino/{precision}", "metric": "points", "runs": 1, **fields,
-                      "least_cosine": cosine})  # fmt: skip
+        named = {"name": f"precision/openvino/{precision}", "metric": "points", "runs": 1}
+        cases.append({**named, **fields, "least_cosine": cosine})
         if not fields["largest_resolved"] <= bar:
             bad.append(f"{precision}: {fields['figure_resolved']} differs by {fields['largest_resolved']:.4f} points, "
                        f"{bar} allowed")  # fmt: skip
-    if args.json:
-        report = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-            "versions": {name: version(name) for name in ("paddlepaddle", "openvino", "numpy")},
-            "cases": cases,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(args.json, cases, "all threads", ("paddlepaddle", "openvino", "numpy"))
     if bad:
         raise UserError("; ".join(bad))
 

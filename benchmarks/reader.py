@@ -12,10 +12,7 @@ mxnet runs in an environment of its own (``make .venv-mxnet``); without it its c
 
 import argparse
 import io
-import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -25,11 +22,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 if __package__ in (None, ""):
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
+import numpy as np
+
+from benchmarks.common import ROOT, build_parser, case, write_report
 
 MXNET_PYTHON = ROOT / ".venv-mxnet" / "bin" / "python"
 
@@ -107,7 +105,7 @@ def index_of_shards(folder: Path, copies: int = 20) -> dict:
         with tarfile.open(path) as archive:
             theirs += len(archive.getmembers())
     peer = theirs / (time.perf_counter() - started)
-    return case("reader/wds_index", "members_s", [ours], [peer], "tarfile.getmembers, labels not read")
+    return case("reader/wds_index", "members_s", [ours], [peer], "tarfile.getmembers, labels not read", paired=True)
 
 
 def bare_decode(source: object, threads: int) -> Callable[[int], float]:
@@ -235,25 +233,8 @@ def open_index(folder: Path, lines: int) -> list[dict]:
     cases = []
     for column, metric in enumerate(("seconds", "peak_mb")):
         ours, peer = found["ours"][column], found.get("mxnet", [None, None])[column]
-        cases.append(case(f"reader/open_index/{lines}", metric, ours, peer, "mxnet", smaller_is_better=True))
+        cases.append(case(f"reader/open_index/{lines}", metric, ours, peer, "mxnet", smaller=True, paired=True))
     return cases
-
-
-def case(
-    name: str, metric: str, ours: list, peer: list | None, peer_name: str, smaller_is_better: bool = False
-) -> dict:
-    """One line of the result: medians, and the median and spread of the ratio over the rounds."""
-    ratios = [] if peer is None else [(b / a if smaller_is_better else a / b) for a, b in zip(ours, peer, strict=True)]
-    return {
-        "name": name,
-        "metric": metric,
-        "ours": round(statistics.median(ours), 3),
-        "peer": None if peer is None else round(statistics.median(peer), 3),
-        "peer_name": peer_name,
-        "ratio": round(statistics.median(ratios), 3) if ratios else None,
-        "runs": len(ours),
-        "spread": [round(min(ratios), 3), round(max(ratios), 3)] if ratios else None,
-    }
 
 
 def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
@@ -287,64 +268,49 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
         print(
             f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:.0f}/s" for name, found in rates.items()), flush=True
         )
-    fetch = "reader/fetch_decode"
-    return [
-        case(fetch, "vs_decode_limit", rates["ours"], rates["decode"], "simplejpeg, bytes in memory"),
-        case("reader/wds", "vs_rec", rates["wds"], rates["ours"], "our record reader, same images, same order"),
-        index_of_shards(folder),
-        case(fetch, "vs_mxnet", rates["ours"], rates.get("mxnet"), "mxnet 1.9.1 read_idx + imdecode"),
-        case(
-            fetch,
+    loader = "paddle.io.DataLoader"
+    compared = [
+        ("reader/fetch_decode", "vs_decode_limit", "ours", "decode", "simplejpeg, bytes in memory"),
+        ("reader/wds", "vs_rec", "wds", "ours", "our record reader, same images, same order"),
+        ("reader/fetch_decode", "vs_mxnet", "ours", "mxnet", "mxnet 1.9.1 read_idx + imdecode"),
+        (
+            "reader/fetch_decode",
             "vs_dataloader",
-            rates["ours"],
-            rates["dataloader_plain"],
-            "paddle.io.DataLoader, 2 workers, read_idx + cv2.imdecode, uint8",
+            "ours",
+            "dataloader_plain",
+            f"{loader}, 2 workers, read_idx + cv2.imdecode, uint8",
         ),
-        case(
-            fetch,
+        (
+            "reader/fetch_decode",
             "vs_dataloader_same",
-            rates["ours"],
-            rates["dataloader"],
-            "paddle.io.DataLoader, 2 workers, over our own reader and decoder, uint8",
+            "ours",
+            "dataloader",
+            f"{loader}, 2 workers, over our own reader and decoder, uint8",
         ),
-        case(
-            "reader/float32",
-            "vs_dataloader",
-            rates["ours_float"],
-            rates["dataloader_float"],
-            "paddle.io.DataLoader, our reader, float32",
-        ),
-        case("reader/float32", "vs_decode_limit", rates["ours_float"], rates["decode"], "simplejpeg, bytes in memory"),
+        ("reader/float32", "vs_dataloader", "ours_float", "dataloader_float", f"{loader}, our reader, float32"),
+        ("reader/float32", "vs_decode_limit", "ours_float", "decode", "simplejpeg, bytes in memory"),
     ]
+    cases = [
+        case(name, metric, rates[ours], rates.get(peer), peer_name, paired=True)
+        for name, metric, ours, peer, peer_name in compared
+    ]
+    return [*cases, index_of_shards(folder)]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line."""
+    parser = build_parser(__doc__)
     parser.add_argument("--images", type=int, default=8192, help="records in the file (default: 8192)")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--runs", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--index-lines", type=int, default=5_900_000, help="lines of the large index; 0 leaves it out")
-    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
-    import paddle
-
     with tempfile.TemporaryDirectory() as folder:
         cases = measure(Path(folder), args)
         if args.index_lines:
             cases += open_index(Path(folder), args.index_lines)
-    for found in cases:
-        ratio = "-" if found["ratio"] is None else f"{found['ratio']:.2f} {found['spread']}"
-        line = f"{found['name']:28s} {found['metric']:16s} ours {found['ours']} peer {found['peer']} ratio {ratio}"
-        print(f"{line} ({found['peer_name']})")
-    if args.json:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-        }
-        versions = {"python": platform.python_version(), "paddle": paddle.__version__, "numpy": np.__version__}
-        args.json.write_text(json.dumps({"machine": machine, "versions": versions, "cases": cases}, indent=2) + "\n")
+    write_report(args.json, cases, f"{args.threads} threads", ("paddlepaddle", "numpy"))
 
 
 if __name__ == "__main__":
