@@ -24,6 +24,7 @@ from eval.engines import DynamicEngine, OnnxEngine
 from tests.test_embed import pictures, state_of, trained_like
 from tools import convert as convert_module
 from tools.convert import main
+from tools.export import export
 from tools.numpy_forward import reference_embedding
 from utils.errors import UserError
 from utils.weights.head_files import read_head
@@ -561,6 +562,30 @@ def test_onnx_of_a_small_mobilefacenet_that_ends_in_a_pointwise_convolution(tmp_
     layer.eval()
     found = DynamicEngine(layer).run(batch())
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, abs(expected).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("source", ["ours", "twin", "linear twin"])
+def test_the_small_mobilefacenet_in_full_size_there_and_back(tmp_path, source):
+    """Width 64, 512-d: exported, converted by the command, unit embeddings as onnxruntime has them to 1e-5."""
+    if source == "ours":
+        layer = trained_like("mobilefacenet_small", embedding_size=512)
+        export(layer, tmp_path, formats=("onnx",), batches=(1,))
+    else:
+        net = with_pointwise_end(randomise(MobileFaceNet((1, 4, 6, 2), 2.0, 64, 512), num_images=4), bias=True)
+        if source == "linear twin":
+            net.layers[1] = Linear(net.layers[1])
+        export_onnx(net, tmp_path / "model.onnx")
+    main([str(tmp_path / "model.onnx"), str(tmp_path / "run")])
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["network"] == "mobilefacenet_small"
+    embeddings = [
+        engine.run(batch(4)).astype(np.float64)
+        for engine in (OnnxEngine(tmp_path / "model.onnx"), DynamicEngine(load_backbone(tmp_path / "run")))
+    ]
+    expected, found = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in embeddings)
+    assert expected.shape == (4, 512)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,141 @@
+"""The index of large galleries beside the exact search, on real faces: does it find the same people, and how fast?
+
+    python benchmarks/search.py --model work_dirs/mine --json search.json     # 40 people, 320 x 125 rows; a minute
+
+ORL's pictures 1 to 8 of each of the 40 people, aligned by ``--detector mtcnn``, are enrolled many times each, every
+time turned, scaled, shifted and lit a little differently (``--each``). Pictures 9 and 10, which the gallery does not
+hold, are asked about: ``nearest found`` is the share of them whose nearest row (exact, float32 products) is among the
+candidates of the index, ``same answer`` the share whose first name and cosine are those of the exact search.
+The model may be any that ``tools/search.py`` takes; that of docs/tutorials/photos.md knows people 1 to 30.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cv2
+import numpy as np
+from prettytable import PrettyTable
+
+from eval.approximate import ApproximateSearch, build_index, load_faiss
+from eval.embed import load_embedder
+from eval.gallery import About, unit_float32, write_gallery
+from tools.demo.data import original_pictures
+from utils.errors import one_line_errors
+from utils.files import write_json
+from utils.photos.align import align_face
+from utils.photos.detect import build_detector, choose_faces
+
+ROOT = Path(__file__).resolve().parent.parent
+REPEATS = 5
+
+
+def varied(crop_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A crop turned by up to 6 degrees, scaled and shifted by up to 5 %, its contrast and brightness changed."""
+    angle, scale = np.deg2rad(rng.uniform(-6, 6)), rng.uniform(0.95, 1.05)
+    turn_22 = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    shift_2 = 55.5 + rng.uniform(-5.6, 5.6, 2) - turn_22 @ (55.5, 55.5)
+    warped = cv2.warpAffine(crop_HWC, np.hstack([turn_22, shift_2[:, None]]), (112, 112), borderMode=cv2.BORDER_REFLECT)
+    return np.clip((warped - 127.5) * rng.uniform(0.8, 1.2) + 127.5 + rng.uniform(-20, 20), 0, 255).astype(np.uint8)
+
+
+def aligned_pictures() -> list[tuple[int, int, np.ndarray]]:
+    """(person, number, crop) of ORL."""
+    detect = build_detector("mtcnn")
+    crops = []
+    for person, number, grey in original_pictures(ROOT / "data" / "orl"):
+        photo = cv2.cvtColor(cv2.resize(grey, None, fx=2.5, fy=2.5, interpolation=cv2.INTER_CUBIC), cv2.COLOR_GRAY2RGB)
+        (face,) = choose_faces(detect(photo), "largest", photo.shape)
+        crops.append((person, number, align_face(photo, face.landmark_52)))
+    return crops
+
+
+def timed(call):
+    """(what it returns, the least seconds of several runs)."""
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+    return result, min(seconds)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--each", type=int, default=125, help="rows of each of the 320 pictures (default: %(default)s)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    faiss = load_faiss()
+    embedder = load_embedder(args.model, batch_size=64)
+    side = embedder.input_size
+
+    def rows_of(images: list[np.ndarray]) -> np.ndarray:
+        small = [cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA) for image in images]
+        parts = [np.stack(small[first : first + 64]) for first in range(0, len(small), 64)]
+        raw_ND = np.concatenate([embedder(part) + embedder(part, flip=True) for part in parts])
+        return unit_float32(raw_ND, lambda i: f"crop {i}")
+
+    pictures = aligned_pictures()
+    rng = np.random.default_rng(0)
+    known = [(person, crop) for person, number, crop in pictures if number <= 8 for _ in range(args.each)]
+    embedding_RD = rows_of([varied(crop, rng) for _, crop in known])
+    person_R = np.array([person - 1 for person, _ in known])
+    query_QD = rows_of([crop for _, number, crop in pictures if number > 8])
+    asked_Q = np.array([person - 1 for person, number, _ in pictures if number > 8])
+    with tempfile.TemporaryDirectory() as folder:
+        gallery = write_gallery(
+            Path(folder) / "g.safetensors",
+            About(str(args.model), embedder.identity),
+            [f"person {person + 1}" for person in range(40)],
+            person_R,
+            np.arange(len(known), dtype=np.uint64),
+            lambda position_n: embedding_RD[position_n],
+            np.empty((0, embedding_RD.shape[1]), np.float32),
+            show_progress=False,
+        )
+        start = time.perf_counter()
+        about = build_index(gallery, show_progress=False)
+        building = time.perf_counter() - start
+        search = ApproximateSearch(gallery)
+        exact, exact_seconds = timed(lambda: gallery.search(query_QD, 1))
+        near, near_seconds = timed(lambda: search.search(query_QD, 1))
+        nearest_Q = np.argmax(query_QD @ np.asarray(gallery.embedding_RD).T, axis=1)
+        _, candidate_QK = search.index.search(query_QD, 128)
+    found = float(np.mean([row in candidates for row, candidates in zip(nearest_Q, candidate_QK, strict=True)]))
+    same = float(np.mean([a[0] == b[0] for a, b in zip(exact, near, strict=True)]))
+    right = float(np.mean([a[0].name == f"person {p + 1}" for a, p in zip(exact, asked_Q, strict=True)]))
+    per_query = 1e3 / len(query_QD)
+    row = {
+        "rows": about["rows"], "lists": about["lists"], "searched": about["probed"], "recall kept": about["recall"],
+        "nearest found": found, "same answer": same, "person right (exact)": right, "build s": round(building, 1),
+        "exact ms": round(exact_seconds * per_query, 3), "index ms": round(near_seconds * per_query, 3),
+    }  # fmt: skip
+    table = PrettyTable(list(row))
+    table.add_row(list(row.values()))
+    print(table)
+    if args.json is not None:
+        case = {"name": f"search/{about['rows']}", "runs": REPEATS, "spread": [], "peer_name": "exact search"}
+        cases = [
+            {**case, "metric": "query_ms", "ours": near_seconds * per_query, "peer": exact_seconds * per_query,
+             "ratio": exact_seconds / near_seconds},
+            {**case, "metric": "same_answer", "value": same},
+            {**case, "metric": "nearest_found", "value": found},
+        ]  # fmt: skip
+        versions = {"numpy": np.__version__, "faiss": faiss.__version__}
+        write_json(args.json, {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions,
+                               "cases": cases})  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
