@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+import dataset
 from dataset import SOURCES, FolderDataset, build_source, build_train_loader
 from utils.errors import UserError
 
@@ -51,12 +52,32 @@ def test_list(tmp_path):
     assert np.array_equal(data[0][0], picture(9))
 
 
-def test_an_image_that_a_list_names_in_vain(tmp_path):
-    """The message names the list and the folder its paths start from, which is what is wrong as a rule."""
-    (tmp_path / "a.lst").write_text("x/1.png 0\nx/2.png 1\n")
-    data = build_source("list", list_file=tmp_path / "a.lst", root=tmp_path / "faces")
-    with pytest.raises(UserError, match=r"faces/x/1\.png: no such file, but .*a\.lst lists it; .* set data\.root="):
-        data[0]
+def test_images_that_a_list_names_in_vain(tmp_path):
+    """Told before anything is read: list, line, path, how many, and the folder that paths start from."""
+    make_folder(tmp_path / "faces")
+    (tmp_path / "a.lst").write_text("anna/x.png 0\n\nx/1.png 1\nbert/2.png 0\nx/2.png 1\n")
+    with pytest.raises(
+        UserError, match=r"a\.lst: line 3: .*faces/x/1\.png: no such file, as 2 of 4 .* set data\.root="
+    ):
+        build_source("list", list_file=tmp_path / "a.lst", root=tmp_path / "faces")
+    (tmp_path / "b.lst").write_text("anna/x.png 0\nbert 1\n")
+    with pytest.raises(UserError, match=r"b\.lst: line 2: .*faces/bert: no such file, as 1 of 2 "):
+        build_source("list", list_file=tmp_path / "b.lst", root=tmp_path / "faces")
+
+
+def test_of_a_long_list_a_sample_is_looked_for(tmp_path, monkeypatch):
+    """A folder that is gone is found; one that goes later is told by the read."""
+    monkeypatch.setattr(dataset, "FILES_CHECKED", 10)
+    monkeypatch.setattr(dataset, "FILES_AT_ONCE", 3)
+    make_folder(tmp_path / "faces")
+    there, gone = ["anna/x.png 0"] * 95, ["x/1.png 1"] * 9
+    (tmp_path / "a.lst").write_text("\n".join([*there, *gone, *there]))
+    with pytest.raises(UserError, match=r"a\.lst: line 101: .*no such file, as 1 of 10 "):
+        build_source("list", list_file=tmp_path / "a.lst", root=tmp_path / "faces")
+    (tmp_path / "b.lst").write_text("\n".join([*there, "x/1.png 1"]))
+    data = build_source("list", list_file=tmp_path / "b.lst", root=tmp_path / "faces")
+    with pytest.raises(UserError, match=r"faces/x/1\.png: no such file, but .*b\.lst lists it; .* set data\.root="):
+        data[95]
 
 
 def test_celeba(tmp_path):

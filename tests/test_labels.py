@@ -151,6 +151,9 @@ def test_labels_of_split_and_damaged_records(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_lists_of_all_tools(tmp_path, text, names, labels, encoding):
     (tmp_path / "a.lst").write_bytes(text.removeprefix("\ufeff" if encoding == "utf-16" else "").encode(encoding))
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     source = build_source("list", list_file=tmp_path / "a.lst")
     assert [str(source.path(i).relative_to(tmp_path)) for i in range(len(source))] == names
     assert source.labels.tolist() == labels

@@ -286,6 +286,8 @@ def test_celeba_source_reads_both_layouts(mini, tmp_path):
     assert len(source) == 300 and source.num_classes == 30
     (tmp_path / "identity_CelebA.txt").write_text("000001.jpg 2880\n000002.jpg 2937\n000003.jpg 2880\n")
     (tmp_path / "img_align_celeba").mkdir()
+    for number in (1, 2, 3):
+        (tmp_path / "img_align_celeba" / f"{number:06d}.jpg").touch()
     flat = build_source("celeba", root=tmp_path)
     assert flat.labels.tolist() == [0, 1, 0]
 
