@@ -10,8 +10,11 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.pipeline import make_pipeline
 
 from tools.clean import analysis, duplicates, rows, statistics
-from tools.clean.analysis import analyse, nearest_parts
+from tools.clean import parts as parts_module
+from tools.clean import people as people_module
+from tools.clean.analysis import analyse
 from tools.clean.faults import KINDS, Planted, Score, best_threshold, findings_of, judge, nearest_centre_scores, plant
+from tools.clean.parts import nearest_parts
 from tools.clean.reading import thumbnail
 from tools.clean.rows import Rows
 from tools.clean.statistics import DEFAULT_RULE, Rule, Tree
@@ -38,7 +41,8 @@ def people(sizes, noise=0.6, seed=0, size=SIZE):
 def small_blocks(monkeypatch):
     """Several blocks in every pass."""
     monkeypatch.setattr(rows, "_READ_BYTES", 4 * SIZE * 17)
-    monkeypatch.setattr(analysis, "BLOCK_BYTES", 4 * SIZE * 17)
+    for module in (analysis, parts_module):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 4 * SIZE * 17)
 
 
 # --- statistics
@@ -212,7 +216,8 @@ def test_blocks_do_not_matter(monkeypatch):
     given, planted = planted_well(5)
     whole = analyse(Rows.of(given[planted.row_N], planted.label_N), show_progress=False)
     monkeypatch.setattr(rows, "_READ_BYTES", 4 * SIZE * 5)
-    monkeypatch.setattr(analysis, "BLOCK_BYTES", 4 * SIZE * 11)
+    for module in (analysis, parts_module):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 4 * SIZE * 11)
     cut = analyse(Rows.of(given[planted.row_N], planted.label_N), show_progress=False)
     assert set(whole.outlier_F.tolist()) == set(cut.outlier_F.tolist())
     np.testing.assert_allclose(np.sort(whole.close_N), np.sort(cut.close_N), atol=1e-5)
@@ -220,7 +225,8 @@ def test_blocks_do_not_matter(monkeypatch):
 
 
 def test_a_sample_finds_the_people_of_a_large_identity(monkeypatch, small_blocks):
-    monkeypatch.setattr(analysis, "_LARGEST_TREE", 25)
+    for module in (people_module, parts_module):
+        monkeypatch.setattr(module, "LARGEST_TREE", 25)
     given, person = people([50, 30, *[12] * 10], seed=9)
     label = np.where(person == 1, 0, person)
     found = analyse(Rows.of(given, label), show_progress=False)

@@ -19,7 +19,8 @@ from eval.embed import Embedder
 from eval.features import aligned_image
 from eval.protocols import read_ijb
 from eval.stream import digest, embed_to_file
-from tools.clean.analysis import Findings, add_to_sums, threshold_at
+from tools.clean.analysis import Findings
+from tools.clean.parts import add_to_sums, threshold_at
 from tools.clean.reading import source_stamp
 from tools.clean.rows import BLOCK_BYTES, Rows
 from tools.clean.statistics import DEFAULT_RULE, SIZES, Rule, agreement, directions, halfway, halves
@@ -174,7 +175,7 @@ def find_overlap(
     person_k, _, part_k = _compare(test_rows, findings, rule, np.random.default_rng(seed))
     found: dict[int, list[np.ndarray]] = {}
     for person, part in zip(person_k.tolist(), part_k.tolist(), strict=True):
-        found.setdefault(int(findings.identity_K[part]), []).append(test_rows.images_of(person))
+        found.setdefault(int(findings.parts.identity_K[part]), []).append(test_rows.images_of(person))
     # Equal pixels need no threshold.
     order = np.argsort(pixels_N, kind="stable")
     place = np.minimum(np.searchsorted(pixels_N[order], pixels_M), len(order) - 1)
@@ -184,8 +185,8 @@ def find_overlap(
     overlaps = []
     for identity, images in found.items():
         number_F = np.unique(np.concatenate(images))
-        parts = np.flatnonzero(findings.identity_K == identity)
-        centre_PD = scale_to_unit(findings.centre_sum_KD[parts])
+        parts = np.flatnonzero(findings.parts.identity_K == identity)
+        centre_PD = scale_to_unit(findings.parts.sum_KD[parts])
         cos_F = (test_rows.unit(number_F) @ centre_PD.T).max(1)
         order = np.argsort(-cos_F, kind="stable")
         overlaps.append(Overlap(identity, number_F[order], cos_F[order]))
@@ -230,14 +231,14 @@ def _compare(test_rows: Rows, findings: Findings, rule: Rule, rng: np.random.Gen
         add_to_sums(test_rows.identity_N[image_B], unit_BD, np.ones(len(image_B), np.float32), sum_UD)
     # The test people may scatter more than those of the data set, which the network may have been trained on.
     agreement_U = agreement(sum_UD, count_U)[count_U >= 4 if (count_U >= 4).sum() >= _FEWEST_GROUPS else count_U >= 2]
-    typical = max(float(np.median(agreement_U)), 1e-3) if len(agreement_U) >= _FEWEST_GROUPS else findings.typical
+    typical = max(float(np.median(agreement_U)), 1e-3) if len(agreement_U) >= _FEWEST_GROUPS else findings.parts.typical
     values: dict[int, list[float]] = {size: [] for size in SIZES}
     for _, _, unit_nD in test_rows.identity_blocks():
         if len(unit_nD) > 1 and len(values[1]) < _MOST_HALVES:
             for size in (size for size in SIZES if len(unit_nD) >= 2 * size):
                 values[size] += [halves(unit_nD, size, typical, rng) for _ in range(_DRAWS)]
     direction_UD = directions(sum_UD, count_U, typical)
-    direction_KD = directions(findings.centre_sum_KD, findings.count_K, findings.typical)
+    direction_KD = findings.parts.direction_KD
     num_parts = len(direction_KD)
     most = min(_BEST, num_parts)
     best_UM = np.empty((len(direction_UD), most), np.int64)
@@ -245,7 +246,7 @@ def _compare(test_rows: Rows, findings: Findings, rule: Rule, rng: np.random.Gen
     height = max(1, BLOCK_BYTES // (4 * num_parts))
     for first in range(0, len(direction_UD), height):
         score = direction_UD[first : first + height] @ direction_KD.T
-        score[:, findings.count_K == 0] = -np.inf
+        score[:, findings.parts.count_K == 0] = -np.inf
         best = np.argpartition(score, num_parts - most, axis=1)[:, num_parts - most :]
         best_UM[first : first + len(score)] = best
         close_UM[first : first + len(score)] = np.take_along_axis(score, best, 1)
@@ -262,6 +263,6 @@ def _compare(test_rows: Rows, findings: Findings, rule: Rule, rng: np.random.Gen
     thresholds = {size: halfway(reach, low) for size, low in falls_to.items()}
     if 1 in thresholds:  # a single image is weak evidence, and there are many of them: in doubt it is another person
         thresholds[1] = max(thresholds[1], reach)
-    smaller_UM = np.minimum(count_U[:, None], findings.count_K[best_UM])
+    smaller_UM = np.minimum(count_U[:, None], findings.parts.count_K[best_UM])
     person, column = np.nonzero(close_UM > threshold_at(thresholds, smaller_UM))
     return person, close_UM[person, column], best_UM[person, column]

@@ -205,7 +205,7 @@ def write_page(path: Path, source: Source, root: Path, rows: Rows, findings: Fin
         ("groups of one label are two people below", f"{limits.person:.3f}"),
         *((f"labels are one person above, from {size} images on", f"{same:.3f}") for size, same in limits.same.items()),
         ("an image is closer to another identity by more than", f"{limits.outlier:.3f}"),
-        ("mean cosine of two images of one identity (median)", f"{findings.typical:.3f}"),
+        ("mean cosine of two images of one identity (median)", f"{findings.parts.typical:.3f}"),
     ])  # fmt: skip
     page.write(path)
 

@@ -1,0 +1,229 @@
+"""Parts: the people within identities, their centres without what is unlike them, and which parts are one person.
+
+Legend: N images, L identities, K parts (an identity's first has its own number, further ones stand at the end),
+M nearest parts of a part, D embedding size, B one block, S sampled identities.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy import sparse
+
+from tools.clean.people import LARGEST_TREE
+from tools.clean.rows import BLOCK_BYTES, Rows
+from tools.clean.statistics import SIZES, Rule, agreement, directions, halfway, halves, steady_agreement
+from utils.progress import progress_bar
+
+NEIGHBOURS = 8  # parts kept as candidates for being the same person
+_DRAWS = 8000  # random halves in all, for each size
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Who is in the data set, as far as is known.
+
+    Attributes:
+        part_N, identity_K: part of each image, identity of each part.
+        counted_N: images that count in the sum of their part (what is unlike its part does not).
+        sum_KD, count_K: sum of the unit rows that count, float32, and how many.
+        typical: the data set's typical agreement.
+    """
+
+    part_N: np.ndarray
+    identity_K: np.ndarray
+    counted_N: np.ndarray
+    sum_KD: np.ndarray
+    count_K: np.ndarray
+    typical: float
+
+    @cached_property
+    def steady_K(self) -> np.ndarray:
+        """Agreement of each part, drawn towards the typical one."""
+        return steady_agreement(agreement(self.sum_KD, self.count_K), self.count_K, self.typical)
+
+    @cached_property
+    def direction_KD(self) -> np.ndarray:
+        """What to multiply with, so that products are closenesses."""
+        return directions(self.sum_KD, self.count_K, self.typical)
+
+    @cached_property
+    def _more(self) -> dict[int, list[int]]:
+        return further_parts(self.identity_K)
+
+    def of_same_identity(self, part: int) -> list[int]:
+        """All parts of a part's identity."""
+        identity = int(self.identity_K[part])
+        return [identity, *self._more.get(identity, ())]
+
+    def own_closeness(self, image_B: np.ndarray, unit_BD: np.ndarray) -> np.ndarray:
+        """[B] closeness of an image to the other images of its part (itself taken out); NaN where there is none."""
+        part_B, counted_B = self.part_N[image_B], self.counted_N[image_B].astype(np.float32)
+        others_B = self.count_K[part_B] - counted_B
+        product_B = np.einsum("bd,bd->b", unit_BD, self.sum_KD[part_B]) - counted_B
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(others_B > 0, product_B / (others_B * np.sqrt(self.steady_K[part_B])), np.nan)
+
+    def centre_cosine(self, left_P: np.ndarray, right_P: np.ndarray) -> np.ndarray:
+        """Cosines between centres of parts, float64 [P]."""
+        left, right = self.sum_KD[left_P].astype(np.float64), self.sum_KD[right_P].astype(np.float64)
+        length = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+        return np.einsum("pd,pd->p", left, right) / np.where(length == 0, 1, length)
+
+
+def number_parts(rows: Rows, several: dict[int, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """(part of each image, identity of each part): an identity's first part has its own number."""
+    part_N = rows.identity_N.copy()
+    identity_K = list(range(rows.num_identities))
+    for identity, people in several.items():
+        for images in people[1:]:
+            part_N[images] = len(identity_K)
+            identity_K.append(identity)
+    return part_N, np.array(identity_K)
+
+
+def further_parts(identity_K: np.ndarray) -> dict[int, list[int]]:
+    """Identity -> its parts beyond the first, which stand at the end."""
+    more: dict[int, list[int]] = {}
+    num_identities = int(identity_K.max()) + 1 if len(identity_K) else 0
+    for part in range(num_identities, len(identity_K)):
+        more.setdefault(int(identity_K[part]), []).append(part)
+    return more
+
+
+def add_to_sums(part_B: np.ndarray, unit_BD: np.ndarray, weight_B: np.ndarray, sum_KD: np.ndarray) -> None:
+    """Add a block's rows to the sums of their parts."""
+    part, inverse = np.unique(part_B, return_inverse=True)
+    matrix = sparse.csr_matrix((weight_B, (inverse, np.arange(len(part_B)))), shape=(len(part), len(part_B)))
+    sum_KD[part] += matrix @ unit_BD
+
+
+def clean_sums(rows: Rows, part_N: np.ndarray, identity_K: np.ndarray, *, rule: Rule, typical: float, rng,
+               show_progress=None) -> tuple[Parts, float]:  # fmt: skip
+    """The parts without what is unlike them, and the closeness to the rest below which an image is left out.
+
+    Args:
+        part_N, identity_K: what ``number_parts`` gave.
+        rng: draws the other parts that images are compared with.
+    """
+    num_parts = len(identity_K)
+    sum_KD = np.zeros((num_parts, rows.embedding_size), np.float32)
+    with progress_bar("centres", 2 * len(rows), enabled=show_progress) as advance:
+        for image_B, unit_BD in rows.blocks():
+            add_to_sums(part_N[image_B], unit_BD, np.ones(len(image_B), np.float32), sum_KD)
+            advance(len(image_B))
+        count_K = np.bincount(part_N, minlength=num_parts)
+        every = Parts(part_N, identity_K, np.ones(len(rows), bool), sum_KD, count_K, typical)
+        own_N, others = np.full(len(rows), np.nan, np.float32), []
+        for image_B, unit_BD in rows.blocks():
+            own_N[image_B] = every.own_closeness(image_B, unit_BD)
+            if num_parts > 1:
+                step = max(1, len(image_B) * rows.embedding_size // (1 << 22))
+                some = np.arange(0, len(image_B), step)
+                other = (part_N[image_B[some]] + rng.integers(1, num_parts, len(some))) % num_parts
+                others.append(np.einsum("bd,bd->b", unit_BD[some], every.direction_KD[other]))
+            advance(len(image_B))
+    judged = own_N[np.isfinite(own_N)]
+    if not len(judged):
+        return every, np.nan
+    own_falls_to = rule.fence(judged, -1)
+    reach = rule.others_reach(np.concatenate(others)) if others else own_falls_to
+    threshold = halfway(reach, own_falls_to)
+    counted_N = ~(own_N < threshold)
+    left_K = np.bincount(part_N[counted_N], minlength=num_parts)
+    counted_N |= (left_K < count_K / 2)[part_N]  # most of a part unlike the rest: nobody knows which is right
+    del every  # and its directions
+    dropped = np.flatnonzero(~counted_N)
+    for first in range(0, len(dropped), 1024):
+        image_B = dropped[first : first + 1024]
+        add_to_sums(part_N[image_B], rows.unit(image_B), np.full(len(image_B), -1, np.float32), sum_KD)
+    count_K = np.bincount(part_N[counted_N], minlength=num_parts)
+    return Parts(part_N, identity_K, counted_N, sum_KD, count_K, typical), threshold
+
+
+def halves_fall_to(rows: Rows, parts: Parts, *, rule: Rule, sample_S: np.ndarray, rng) -> dict[int, float]:
+    """Size -> what the closeness of so many images of a part to the rest of it seldom falls below."""
+    values: dict[int, list[float]] = {size: [] for size in SIZES}
+    draws = max(1, min(20, _DRAWS // max(1, len(sample_S))))
+    for identity in sample_S.tolist():
+        image_n = rows.images_of(identity)[:LARGEST_TREE]
+        image_n = image_n[(parts.part_N[image_n] == identity) & parts.counted_N[image_n]]
+        if len(image_n) < 2:
+            continue
+        unit_nD = rows.unit(image_n)
+        for size in (size for size in SIZES if len(image_n) >= 2 * size):
+            values[size] += [halves(unit_nD, size, parts.typical, rng) for _ in range(draws)]
+    return {size: rule.own_falls_to(np.array(found)) for size, found in values.items() if found}
+
+
+def nearest_parts(direction_KD, identity_K, count_K, show_progress=None) -> tuple[np.ndarray, np.ndarray]:
+    """The closest parts of other identities: (parts [K, M] int32, closenesses [K, M]), descending; -1 fills up."""
+    num_parts = len(direction_KD)
+    most = min(NEIGHBOURS, max(num_parts - 1, 1))
+    near_KM = np.full((num_parts, most), -1, np.int32)
+    close_KM = np.full((num_parts, most), -np.inf, np.float32)
+    more = further_parts(identity_K)
+    empty = np.flatnonzero(count_K == 0)
+    height = max(1, BLOCK_BYTES // (4 * num_parts))
+    with progress_bar("identities x identities", num_parts, enabled=show_progress) as advance:
+        for first in range(0, num_parts, height):
+            score = direction_KD[first : first + height] @ direction_KD.T
+            score[:, empty] = -np.inf
+            for row, identity in enumerate(identity_K[first : first + len(score)].tolist()):
+                score[row, [identity, *more.get(identity, ())]] = -np.inf
+            score[count_K[first : first + height] == 0] = -np.inf
+            best = np.argpartition(score, num_parts - most, axis=1)[:, num_parts - most :]
+            value = np.take_along_axis(score, best, 1)
+            order = np.argsort(-value, axis=1, kind="stable")
+            part = slice(first, first + len(score))
+            near_KM[part] = np.take_along_axis(best, order, 1)
+            close_KM[part] = np.take_along_axis(value, order, 1)
+            advance(len(score))
+    near_KM[~np.isfinite(close_KM)] = -1
+    return near_KM, close_KM
+
+
+def same_thresholds(rule: Rule, nearest_K: np.ndarray, falls_to: dict[int, float]) -> dict[int, float]:
+    """Size of the smaller part -> closeness above which two parts are one person."""
+    known = nearest_K[np.isfinite(nearest_K)]
+    reach = rule.fence(known, 1) if len(known) else np.inf
+    return {size: halfway(reach, low) for size, low in falls_to.items()}
+
+
+def threshold_at(thresholds: dict[int, float], count: np.ndarray) -> np.ndarray:
+    """The threshold of each count: that of the largest measured size which it reaches; inf where none is measured."""
+    if not thresholds:
+        return np.full(np.shape(count), np.inf)
+    sizes = np.array(sorted(thresholds))
+    table = np.array([thresholds[size] for size in sizes.tolist()])
+    place = np.searchsorted(sizes, count, side="right") - 1
+    return np.where(place >= 0, table[np.maximum(place, 0)], np.inf)
+
+
+def linked_parts(near_KM: np.ndarray, close_KM: np.ndarray, count_K: np.ndarray, same: dict[int, float]) -> np.ndarray:
+    """Which neighbours are the same person, bool [K, M]."""
+    smaller_KM = np.minimum(count_K[:, None], count_K[np.maximum(near_KM, 0)])
+    return (near_KM >= 0) & (close_KM > threshold_at(same, smaller_KM))
+
+
+def same_pairs(parts: Parts, near_KM: np.ndarray, linked_KM: np.ndarray, close_KM: np.ndarray) -> tuple:
+    """(pairs of identities, smaller number first, cosines), the closest first; each pair once."""
+    part_P, column_P = np.nonzero(linked_KM)
+    other_P = near_KM[part_P, column_P]
+    order = np.argsort(-close_KM[part_P, column_P], kind="stable")
+    part_P, other_P = part_P[order], other_P[order]
+    identity_K = parts.identity_K
+    pair_P2 = np.sort(np.stack([identity_K[part_P], identity_K[other_P]], 1), axis=1).reshape(-1, 2)
+    _, first = np.unique(pair_P2, axis=0, return_index=True)
+    first = np.sort(first)
+    return pair_P2[first], parts.centre_cosine(part_P[first], other_P[first])
+
+
+def several_cosines(parts: Parts, several: dict[int, list[np.ndarray]]) -> dict[int, float]:
+    """Identity -> the lowest cosine between centres of its people."""
+    cosines = {}
+    for identity in several:
+        own = np.array(parts.of_same_identity(identity))
+        left, right = np.triu_indices(len(own), 1)
+        cosines[identity] = float(parts.centre_cosine(own[left], own[right]).min())
+    return cosines
