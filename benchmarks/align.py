@@ -17,9 +17,6 @@ landmarks as O-Net's first pass puts them (``rounds 0``) and once for what ``--d
 - ``ms``: of the whole detection, one photo after another, the best of five.
 """
 
-import argparse
-import os
-import platform
 import sys
 import time
 from pathlib import Path
@@ -32,14 +29,13 @@ import numpy as np
 from prettytable import PrettyTable
 from scipy.optimize import minimize
 
+from benchmarks.common import ROOT, build_parser, case, write_report
 from tools.demo.data import original_pictures
 from utils.errors import one_line_errors
-from utils.files import write_json
 from utils.photos.align import ARCFACE_TEMPLATE, align_face, similarity_transform
 from utils.photos.mtcnn import ROUNDS, Mtcnn
 from utils.photos.photo import read_photo
 
-ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE_52 = np.array(ARCFACE_TEMPLATE)
 JUDGED = [0, 1, 3, 4]
 BAR = 4.0  # pixels
@@ -139,7 +135,7 @@ def measure(name: str, photos: list[np.ndarray], every: bool, turn: int) -> list
             for number, photo, faces in found[::turn]
             for spread in spread_when_turned(find, photo, faces, number)
         ]
-        rows.append({
+        row = {
             "photos": name, "rounds": rounds, "faces": len(face_52s),
             "fit_eyes": fit_F4[:, :2].mean(), "fit_mouth": fit_F4[:, 2:].mean(),
             "fit_all_within": (fit_F4.max(axis=1) < BAR).mean(), "fit_worst": fit_F4.max(),
@@ -148,8 +144,9 @@ def measure(name: str, photos: list[np.ndarray], every: bool, turn: int) -> list
             "again_all_within": (off_F4.max(axis=1) < BAR).mean(), "again_worst": off_F4.max(),
             "again_off_fit": noise_F4.mean(), "again_off_fit_worst": noise_F4.max(),
             "other_off_fit": other_F4.mean(), "other_off_fit_worst": other_F4.max(),
-            "turned_rms": float(np.sqrt(np.mean(spreads))), "ms": min(seconds[rounds]) / len(photos) * 1e3,
-        })  # fmt: skip
+            "turned_rms": np.sqrt(np.mean(spreads)), "ms": min(seconds[rounds]) / len(photos) * 1e3,
+        }  # fmt: skip
+        rows.append({name: value if isinstance(value, str | int) else float(value) for name, value in row.items()})
     return rows
 
 
@@ -163,10 +160,9 @@ def timed(find: Mtcnn, photos: list[np.ndarray]) -> float:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("photos", type=Path, nargs="*", help="photos instead of ORL's pictures; every face of each")
     parser.add_argument("--every", type=int, default=1, help="only every so-manieth picture of ORL")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     rows = []
     for path in args.photos:
@@ -179,16 +175,12 @@ def main(argv: list[str] | None = None) -> None:
     table.add_rows([list(row.values()) for row in rows])
     print(table.get_string(fields=table.field_names[:9]))
     print(table.get_string(fields=table.field_names[:2] + table.field_names[9:]))
-    if args.json is not None:
-        cases = [
-            {"name": f"align/{ours['photos']}", "metric": metric, "ours": float(ours[metric]),
-             "peer": float(first[metric]), "peer_name": "first pass of O-Net", "runs": 1, "spread": [],
-             "ratio": float(first[metric] / ours[metric])}
-            for first, ours in zip(rows[::2], rows[1::2], strict=True)
-            for metric in ("turned_rms", "again_off_fit", "ms")
-        ]  # fmt: skip
-        machine = f"{platform.machine()}, {os.cpu_count()} cores"
-        write_json(args.json, {"machine": machine, "versions": {"opencv": cv2.__version__}, "cases": cases})
+    cases = [
+        case(f"align/{ours['photos']}", metric, [ours[metric]], [first[metric]], "first pass of O-Net", smaller=True)
+        for first, ours in zip(rows[::2], rows[1::2], strict=True)
+        for metric in ("turned_rms", "again_off_fit", "ms")
+    ]
+    write_report(args.json, cases, "one thread", ("numpy", "opencv-python-headless", "onnxruntime"))
 
 
 if __name__ == "__main__":

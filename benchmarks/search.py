@@ -9,9 +9,6 @@ candidates of the index, ``same answer`` the share whose first name and cosine a
 The model may be any that ``tools/search.py`` takes; that of docs/tutorials/photos.md knows people 1 to 30.
 """
 
-import argparse
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -25,16 +22,15 @@ import cv2
 import numpy as np
 from prettytable import PrettyTable
 
+from benchmarks.common import ROOT, build_parser, case, write_report
 from eval.approximate import ApproximateSearch, build_index, load_faiss
 from eval.embed import load_embedder
 from eval.gallery import About, unit_float32, write_gallery
 from tools.demo.data import original_pictures
 from utils.errors import one_line_errors
-from utils.files import write_json
 from utils.photos.align import align_face
 from utils.photos.detect import build_detector, choose_faces
 
-ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 5
 
 
@@ -58,25 +54,24 @@ def aligned_pictures() -> list[tuple[int, int, np.ndarray]]:
     return crops
 
 
-def timed(call):
-    """(what it returns, the least seconds of several runs)."""
-    seconds = []
+def timed(search, query_QD: np.ndarray) -> tuple[list, list[float]]:
+    """(answers, milliseconds a query of each of several runs)."""
+    times = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        result = call()
-        seconds.append(time.perf_counter() - start)
-    return result, min(seconds)
+        answers = search.search(query_QD, 1)
+        times.append((time.perf_counter() - start) / len(query_QD) * 1e3)
+    return answers, times
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--each", type=int, default=125, help="rows of each of the 320 pictures (default: %(default)s)")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    faiss = load_faiss()
+    load_faiss()
     embedder = load_embedder(args.model, batch_size=64)
     side = embedder.input_size
 
@@ -108,33 +103,27 @@ def main(argv: list[str] | None = None) -> None:
         about = build_index(gallery, show_progress=False)
         building = time.perf_counter() - start
         search = ApproximateSearch(gallery)
-        exact, exact_seconds = timed(lambda: gallery.search(query_QD, 1))
-        near, near_seconds = timed(lambda: search.search(query_QD, 1))
+        exact, exact_ms = timed(gallery, query_QD)
+        near, near_ms = timed(search, query_QD)
         nearest_Q = np.argmax(query_QD @ np.asarray(gallery.embedding_RD).T, axis=1)
         _, candidate_QK = search.index.search(query_QD, 128)
     found = float(np.mean([row in candidates for row, candidates in zip(nearest_Q, candidate_QK, strict=True)]))
     same = float(np.mean([a[0] == b[0] for a, b in zip(exact, near, strict=True)]))
     right = float(np.mean([a[0].name == f"person {p + 1}" for a, p in zip(exact, asked_Q, strict=True)]))
-    per_query = 1e3 / len(query_QD)
     row = {
         "rows": about["rows"], "lists": about["lists"], "searched": about["probed"], "recall kept": about["recall"],
         "nearest found": found, "same answer": same, "person right (exact)": right, "build s": round(building, 1),
-        "exact ms": round(exact_seconds * per_query, 3), "index ms": round(near_seconds * per_query, 3),
+        "exact ms": round(min(exact_ms), 2), "index ms": round(min(near_ms), 2),
     }  # fmt: skip
     table = PrettyTable(list(row))
     table.add_row(list(row.values()))
     print(table)
-    if args.json is not None:
-        case = {"name": f"search/{about['rows']}", "runs": REPEATS, "spread": [], "peer_name": "exact search"}
-        cases = [
-            {**case, "metric": "query_ms", "ours": near_seconds * per_query, "peer": exact_seconds * per_query,
-             "ratio": exact_seconds / near_seconds},
-            {**case, "metric": "same_answer", "value": same},
-            {**case, "metric": "nearest_found", "value": found},
-        ]  # fmt: skip
-        versions = {"numpy": np.__version__, "faiss": faiss.__version__}
-        write_json(args.json, {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions,
-                               "cases": cases})  # fmt: skip
+    cases = [
+        case(f"search/{about['rows']}", "query_ms", near_ms, exact_ms, "exact search", smaller=True),
+        case(f"search/{about['rows']}", "nearest_found", [found], None, ""),
+        case(f"search/{about['rows']}", "same_answer", [same], None, ""),
+    ]
+    write_report(args.json, cases, "all threads", ("numpy", "faiss-cpu"))
 
 
 if __name__ == "__main__":
