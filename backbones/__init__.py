@@ -9,6 +9,7 @@ from collections.abc import Callable
 from paddle import nn
 
 from backbones import iresnet, mnist, mobilefacenet, resnet, vit
+from backbones.layers import Backbone
 from utils.errors import UserError
 
 BACKBONES: dict[str, Callable[..., nn.Layer]] = {
@@ -29,7 +30,7 @@ ALIASES = {
     "mbf_large": "mobilefacenet_large",
 }
 # What makes a name of the registry that name; everything else in a class's signature is the user's to choose.
-_FIXED = ("block", "depth", "depths", "hidden_ratio")
+_FIXED = ("block", "common", "depth", "depths", "hidden_ratio")
 
 
 def build_backbone(name: str, **options) -> nn.Layer:
@@ -68,8 +69,9 @@ def resolve_name(name: str) -> str:
 
 def available_options(name: str) -> list[str]:
     """Names of the options that ``build_backbone(name, ...)`` takes."""
-    parameters = inspect.signature(BACKBONES[resolve_name(name)]).parameters
-    return [key for key in parameters if key not in _FIXED]
+    own = inspect.signature(BACKBONES[resolve_name(name)]).parameters
+    common = inspect.signature(Backbone).parameters if "common" in own else {}
+    return [key for key in {**own, **common} if key not in _FIXED]
 
 
 def count_parameters(layer: nn.Layer) -> int:

@@ -1,4 +1,4 @@
-"""What the families share: convolution, batch norm, PReLU, linear layers and gradient recompute.
+"""What the families share: convolution, batch norm, PReLU, linear layers, gradient recompute and ``Backbone``.
 
 Layout is NCHW or NHWC (``data_format``); convolution weights are [out, in, height, width] in both, so a state dict does
 not depend on the layout. Batch norm: Paddle's ``momentum`` weights the OLD running value (0.9 here equals 0.1 in
@@ -21,13 +21,6 @@ BN_EPSILON = 1e-5
 BN_MOMENTUM = 0.9
 SMALL = 1 << 15  # values; Paddle's own PReLU is faster below, because ours costs some 200 us a call (one thread, EPYC)
 RUNNING_NORMS = (nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm)  # what keeps running statistics
-
-
-def check_format(data_format: str) -> str:
-    """``data_format`` if it is one of the two layouts, else ValueError."""
-    if data_format not in ("NCHW", "NHWC"):
-        raise UserError(f"data_format {data_format!r}: choose NCHW or NHWC")
-    return data_format
 
 
 class Conv2D(nn.Conv2D):
@@ -104,12 +97,11 @@ def batch_norm_1d(num_features: int, epsilon: float = BN_EPSILON, frozen_scale: 
     return kind(num_features, momentum=BN_MOMENTUM, epsilon=epsilon)
 
 
-def linear(num_in: int, num_out: int, bias: bool = True) -> nn.Linear:
+def linear(num_in: int, num_out: int) -> nn.Linear:
     """Linear layer with PyTorch's default initialisation: weight and bias uniform in +-1/sqrt(num_in)."""
     bound = 1.0 / math.sqrt(num_in)
     uniform = nn.initializer.Uniform(-bound, bound)
-    return nn.Linear(num_in, num_out, paddle.ParamAttr(initializer=uniform),
-                     paddle.ParamAttr(initializer=uniform) if bias else False)  # fmt: skip
+    return nn.Linear(num_in, num_out, paddle.ParamAttr(initializer=uniform), paddle.ParamAttr(initializer=uniform))
 
 
 class PReLU(nn.Layer):
@@ -128,6 +120,16 @@ class PReLU(nn.Layer):
         return F.prelu(x, self.weight, data_format=self.data_format)
 
 
+def shortcut(
+    num_in: int, num_out: int, stride: int, data_format: str, init: nn.initializer.Initializer | None = None
+) -> nn.Sequential | None:
+    """1x1 convolution - BN where a block changes the shape, None where its input itself is the shortcut."""
+    if stride == 1 and num_in == num_out:
+        return None
+    projection = conv(num_in, num_out, 1, stride, init=init, data_format=data_format)
+    return nn.Sequential(projection, batch_norm(num_out, data_format))
+
+
 def flatten_chw(x: paddle.Tensor, data_format: str) -> paddle.Tensor:
     """[B, C, H, W] or [B, H, W, C] -> [B, C*H*W]: the order of the PyTorch checkpoints in either layout."""
     if data_format == "NHWC":
@@ -139,17 +141,6 @@ def full_precision(function: Callable, x: paddle.Tensor, dtype: paddle.dtype) ->
     """``function(x)`` outside autocast, ``x`` brought to ``dtype`` first (the dtype of the function's weights)."""
     with paddle.amp.auto_cast(enable=False):
         return function(x.astype(dtype) if x.dtype != dtype else x)
-
-
-def to_channels(image: paddle.Tensor, num_channels: int) -> paddle.Tensor:
-    """[B, 3, H, W] RGB -> [B, 1, H, W] luma (ITU-R BT.601) where the network is grey; unchanged otherwise.
-
-    The weights sum to 1, so an image normalised to [-1, 1] stays normalised.
-    """
-    if num_channels == 1 and image.shape[1] == 3:
-        red, green, blue = image.split(3, axis=1)
-        return red * 0.299 + green * 0.587 + blue * 0.114
-    return image
 
 
 def run_block(block: nn.Layer, x: paddle.Tensor, recompute: bool) -> paddle.Tensor:
@@ -183,3 +174,79 @@ def run_block(block: nn.Layer, x: paddle.Tensor, recompute: bool) -> paddle.Tens
             paddle.set_rng_state(state)
 
     return paddle_recompute(forward, x, use_reentrant=False, preserve_rng_state=False)
+
+
+class Backbone(nn.Layer):
+    """Image -> raw (unnormalised) embedding: what the families share, the options of all of them among it.
+
+    Args:
+        embedding_size: D.
+        dropout: probability of dropping a value before the last linear layer, or what takes its place.
+        input_size: height and width of the images in pixels.
+        recompute: compute each block's activations again in the backward pass instead of keeping them.
+        data_format: ``NCHW`` or ``NHWC``: the layout inside; the input is [B, channels, H, W] in both.
+
+    ``forward``: float [B, 3, H, W] in [-1, 1] -> [B, D]. Precision is the caller's autocast; the linear layer at the
+    end and what follows it run in the weights' own.
+    """
+
+    in_channels = 3  # 1 in a network of grey images, which turns RGB into luma
+
+    def __init__(
+        self,
+        embedding_size: int = 512,
+        dropout: float = 0.0,
+        input_size: int = 112,
+        recompute: bool = False,
+        data_format: str = "NCHW",
+    ) -> None:
+        super().__init__()
+        if data_format not in ("NCHW", "NHWC"):
+            raise UserError(f"data_format {data_format!r}: choose NCHW or NHWC")
+        self.embedding_size, self.input_size = embedding_size, input_size
+        self.recompute, self.data_format = recompute, data_format
+        self.dropout = nn.Dropout(dropout)
+
+    def set_channels(self, in_channels: int) -> None:
+        """For the families that offer ``in_channels``, 3 or 1."""
+        if in_channels not in (1, 3):
+            raise UserError(f"in_channels {in_channels}: choose 1 or 3")
+        self.in_channels = in_channels
+
+    def enter(self, image: paddle.Tensor) -> paddle.Tensor:
+        """The image in the layout inside; [B, 3, H, W] RGB becomes luma (ITU-R BT.601) where the network is grey.
+
+        The weights of the luma sum to 1, so an image normalised to [-1, 1] stays normalised.
+        """
+        if self.in_channels == 1 and image.shape[1] == 3:
+            red, green, blue = image.split(3, axis=1)
+            image = red * 0.299 + green * 0.587 + blue * 0.114
+        return image if self.data_format == "NCHW" else image.transpose([0, 2, 3, 1])
+
+    def add_stages(
+        self, make_block: Callable, depths: tuple, strides: tuple, width: int, size: int, expansion: int = 1
+    ) -> tuple[int, int]:
+        """Four stages ``layer1`` ... of residual blocks; the first block of each takes its stride.
+
+        Args:
+            make_block: (channels in, ``width * 2**stage``, stride) -> a block of ``expansion`` times as many channels.
+            depths: blocks in each stage.
+            size: side of the map before them; each stride divides it, rounding up.
+
+        Returns:
+            (channels, side) of the last map.
+        """
+        num_in = width
+        for stage, (depth, stride) in enumerate(zip(depths, strides, strict=True)):
+            blocks = [make_block(num_in, width * 2**stage, stride)]
+            num_in, size = width * 2**stage * expansion, -(-size // stride)
+            blocks += [make_block(num_in, width * 2**stage, 1) for _ in range(depth - 1)]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        return num_in, size
+
+    def run_stages(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Through the blocks of the four stages."""
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                x = run_block(block, x, self.recompute)
+        return x

@@ -9,47 +9,22 @@ Shapes: B batch, H = W input size in pixels, D embedding size (2); stage s has `
 from paddle import nn
 from paddle.nn import functional as F
 
-from backbones.layers import (
-    PReLU,
-    batch_norm,
-    check_format,
-    conv,
-    flatten_chw,
-    full_precision,
-    linear,
-    run_block,
-    to_channels,
-)
+from backbones.layers import Backbone, PReLU, batch_norm, conv, flatten_chw, full_precision, linear, run_block
 from utils.errors import UserError
 
 
-class MnistNet(nn.Layer):
-    """Digit image -> raw (unnormalised) embedding.
+class MnistNet(Backbone):
+    """``width``: channels of the first stage, later ones have 2 and 4 times as many; ``in_channels``: 1 or 3.
 
-    Args:
-        embedding_size: D, 2 to draw it.
-        dropout: probability of dropping a value before the linear layer.
-        width: channels of the first stage; later stages have 2 and 4 times as many.
-        input_size: height and width of the images in pixels.
-        in_channels: 1 (RGB input is turned into luma) or 3.
-        recompute: compute each stage's activations again in the backward pass instead of keeping them.
-        data_format: ``NCHW`` or ``NHWC``: the layout inside; the input is [B, 1 or 3, H, W] in both.
-
-    ``forward``: float [B, 1 or 3, H, W] in [-1, 1] -> [B, D].
+    ``forward`` takes digits, [B, 1 or 3, H, W]; RGB is turned into luma where ``in_channels`` is 1.
     """
 
-    def __init__(self, embedding_size: int = 2, dropout: float = 0.0, width: int = 16, input_size: int = 28,
-                 in_channels: int = 1, recompute: bool = False, data_format: str = "NCHW"):  # fmt: skip
-        super().__init__()
-        if in_channels not in (1, 3):
-            raise UserError(f"in_channels {in_channels}: choose 1 or 3")
+    def __init__(self, embedding_size: int = 2, width: int = 16, input_size: int = 28, in_channels: int = 1, **common):
+        super().__init__(embedding_size, input_size=input_size, **common)
+        self.set_channels(in_channels)
+        data_format = self.data_format
         if input_size < 8:
             raise UserError(f"input_size {input_size}: three halvings need at least 8 pixels")
-        self.data_format = check_format(data_format)
-        self.in_channels = in_channels
-        self.recompute = recompute
-        self.input_size = input_size
-        self.embedding_size = embedding_size
         stages, num_in, size = [], in_channels, input_size
         for stage in range(3):
             num_out, parts = width * 2**stage, []
@@ -64,12 +39,10 @@ class MnistNet(nn.Layer):
             stages.append(nn.Sequential(*parts))
             size //= 2
         self.stages = nn.LayerList(stages)
-        self.dropout = nn.Dropout(dropout)
         self.fc = linear(num_in * size * size, embedding_size)
 
     def forward(self, image):
-        x = to_channels(image, self.in_channels)
-        x = x if self.data_format == "NCHW" else x.transpose([0, 2, 3, 1])
+        x = self.enter(image)
         for stage in self.stages:
             x = F.max_pool2d(run_block(stage, x, self.recompute), 2, 2, data_format=self.data_format)
         x = self.dropout(flatten_chw(x, self.data_format))

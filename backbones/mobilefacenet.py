@@ -12,20 +12,11 @@ import math
 import paddle
 from paddle import nn
 
-from backbones.layers import (
-    PReLU,
-    batch_norm,
-    batch_norm_1d,
-    check_format,
-    conv,
-    flatten_chw,
-    full_precision,
-    run_block,
-)
+from backbones.layers import Backbone, PReLU, batch_norm, batch_norm_1d, conv, flatten_chw, full_precision, run_block
 from utils.errors import UserError
 
 
-def _fan_out_normal(num_out: int, kernel: int = 1, groups: int = 1) -> nn.initializer.Normal:
+def _fan_out_normal(num_out: int, kernel: int = 1) -> nn.initializer.Normal:
     """He et al. 2015, eq. 14: N(0, 2 / fan_out)."""
     # PyTorch does not divide by the groups when it counts the fan-out, and neither does this.
     return nn.initializer.Normal(0.0, math.sqrt(2.0 / (num_out * kernel * kernel)))
@@ -34,8 +25,17 @@ def _fan_out_normal(num_out: int, kernel: int = 1, groups: int = 1) -> nn.initia
 class ConvBN(nn.Layer):
     """Convolution - BN, and PReLU if ``activation``."""
 
-    def __init__(self, num_in: int, num_out: int, kernel: int = 1, stride: int = 1, padding: int | None = None,
-                 groups: int = 1, activation: bool = True, data_format: str = "NCHW"):  # fmt: skip
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        kernel: int = 1,
+        stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
+        activation: bool = True,
+        data_format: str = "NCHW",
+    ):
         super().__init__()
         parts = [
             conv(num_in, num_out, kernel, stride, padding, groups, _fan_out_normal(num_out, kernel), data_format),
@@ -96,34 +96,22 @@ class EmbeddingHead(nn.Layer):
         return norm(fc(flatten_chw(depthwise(x), self.data_format)))
 
 
-class MobileFaceNet(nn.Layer):
-    """Image -> raw (unnormalised) embedding.
+class MobileFaceNet(Backbone):
+    """Whole stages are computed again where ``recompute`` is on.
 
     Args:
         depths: blocks of the four stages; a first stage of one block is a grouped convolution instead.
-        width: channels of the stem (64, 128, 256); everything else scales with it.
         hidden_ratio: channels inside the first bottlenecks relative to ``width`` (2, 1, 0.5).
-        embedding_size: D.
-        dropout: probability of dropping a value before the embedding head.
-        input_size: height and width of the images in pixels.
-        recompute: compute each stage's activations again in the backward pass instead of keeping them.
-        data_format: ``NCHW`` or ``NHWC``: the layout inside; the input is [B, 3, H, W] in both.
+        width: channels of the stem (64, 128, 256); everything else scales with it.
 
-    ``forward``: float [B, 3, H, W] in [-1, 1] -> [B, D]. Under autocast the end (from ``conv_sep``) runs in the
-    weights' own precision, as in the reference.
+    Under autocast the end (from ``conv_sep``) runs in the weights' own precision, as in the reference.
     """
 
-    def __init__(self, depths: tuple[int, ...], hidden_ratio: float, width: int, embedding_size: int = 512,
-                 dropout: float = 0.0, input_size: int = 112, recompute: bool = False,
-                 data_format: str = "NCHW"):  # fmt: skip
-        super().__init__()
+    def __init__(self, depths: tuple[int, ...], hidden_ratio: float, width: int, **common):
+        super().__init__(**common)
         if width % 2 or width < 2:
             raise UserError(f"width {width}: MobileFaceNet needs an even number of channels")
-        self.data_format = check_format(data_format)
-        self.recompute = recompute
-        self.input_size = input_size
-        self.embedding_size = embedding_size
-        hidden = int(width * hidden_ratio)
+        data_format, hidden = self.data_format, int(width * hidden_ratio)
         final = hidden * 4
         if depths[0] == 1:
             first = ConvBN(width, width, 3, groups=hidden // 2, data_format=data_format)
@@ -142,11 +130,10 @@ class MobileFaceNet(nn.Layer):
             ]
         )
         self.conv_sep = ConvBN(width * 2, final, data_format=data_format)
-        self.dropout = nn.Dropout(dropout)
-        self.features = EmbeddingHead(final, -(-input_size // 16), embedding_size, data_format)
+        self.features = EmbeddingHead(final, -(-self.input_size // 16), self.embedding_size, data_format)
 
     def forward(self, image):
-        x = image if self.data_format == "NCHW" else image.transpose([0, 2, 3, 1])
+        x = self.enter(image)
         for stage in self.layers:
             x = run_block(stage, x, self.recompute)
         return full_precision(self._embed, x, self.features.layers[2].weight.dtype)

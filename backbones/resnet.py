@@ -9,54 +9,48 @@ Shapes: B batch, H = W input size in pixels, D embedding size; stage s has ``wid
 """
 
 import math
+from functools import partial
 
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
 from backbones.layers import (
+    Backbone,
     PReLU,
     batch_norm,
     batch_norm_1d,
-    check_format,
     conv,
     flatten_chw,
     full_precision,
     linear,
-    run_block,
-    to_channels,
+    shortcut,
 )
 from utils.errors import UserError
 
 
+def _fan_out(num_out: int, kernel: int) -> nn.initializer.Normal:
+    """N(0, 2 / fan_out) (He et al. 2015, eq. 14)."""
+    return nn.initializer.Normal(0.0, math.sqrt(2.0 / (num_out * kernel * kernel)))
+
+
 def _fan_out_conv(num_in: int, num_out: int, kernel: int, stride: int, data_format: str) -> nn.Conv2D:
-    """Convolution initialised N(0, 2 / fan_out) (He et al. 2015, eq. 14)."""
-    init = nn.initializer.Normal(0.0, math.sqrt(2.0 / (num_out * kernel * kernel)))
-    return conv(num_in, num_out, kernel, stride, init=init, data_format=data_format)
+    return conv(num_in, num_out, kernel, stride, init=_fan_out(num_out, kernel), data_format=data_format)
 
 
 class SqueezeExcite(nn.Layer):
     """Scales each channel by sigmoid(fc(prelu(fc(mean over the map))))."""
 
-    def __init__(self, num_channels: int, data_format: str, reduction: int = 16):
+    def __init__(self, num_channels: int, data_format: str):
         super().__init__()
         self.data_format = data_format
-        hidden = max(1, num_channels // reduction)
-        self.fc = nn.Sequential(
-            linear(num_channels, hidden), PReLU(1), linear(hidden, num_channels), nn.Sigmoid()
-        )  # fmt: skip
+        hidden = max(1, num_channels // 16)
+        self.fc = nn.Sequential(linear(num_channels, hidden), PReLU(1), linear(hidden, num_channels), nn.Sigmoid())
 
     def forward(self, x):
         if self.data_format == "NCHW":
             return x * self.fc(x.mean([2, 3])).unsqueeze([2, 3])
         return x * self.fc(x.mean([1, 2])).unsqueeze([1, 2])
-
-
-def _shortcut(num_in: int, num_out: int, stride: int, data_format: str) -> nn.Sequential | None:
-    """1x1 convolution - BN where the shape changes, None where the input itself is the shortcut."""
-    if stride == 1 and num_in == num_out:
-        return None
-    return nn.Sequential(_fan_out_conv(num_in, num_out, 1, stride, data_format), batch_norm(num_out, data_format))
 
 
 class BasicBlock(nn.Layer):
@@ -71,7 +65,7 @@ class BasicBlock(nn.Layer):
         self.conv2 = _fan_out_conv(width, width, 3, 1, data_format)
         self.bn2 = batch_norm(width, data_format)
         self.se = SqueezeExcite(width, data_format) if se else None
-        self.downsample = _shortcut(num_in, width, stride, data_format)
+        self.downsample = shortcut(num_in, width, stride, data_format, _fan_out(width, 1))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
@@ -95,7 +89,7 @@ class BottleneckBlock(nn.Layer):
         self.conv3 = _fan_out_conv(width, num_out, 1, 1, data_format)
         self.bn3 = batch_norm(num_out, data_format)
         self.se = SqueezeExcite(num_out, data_format) if se else None
-        self.downsample = _shortcut(num_in, num_out, stride, data_format)
+        self.downsample = shortcut(num_in, num_out, stride, data_format, _fan_out(num_out, 1))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
@@ -118,11 +112,7 @@ class FaceBlock(nn.Layer):
         self.conv2 = conv(num_in, num_out, 3, stride, init=init, data_format=data_format)
         self.bn2 = batch_norm(num_out, data_format)
         self.se = SqueezeExcite(num_out, data_format) if se else None
-        self.downsample = None
-        if stride != 1 or num_in != num_out:
-            self.downsample = nn.Sequential(
-                conv(num_in, num_out, 1, stride, init=init, data_format=data_format), batch_norm(num_out, data_format)
-            )
+        self.downsample = shortcut(num_in, num_out, stride, data_format, init)
 
     def forward(self, x):
         out = self.prelu(self.bn1(self.conv1(self.bn0(x))))
@@ -131,68 +121,52 @@ class FaceBlock(nn.Layer):
         return self.prelu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-class ResNet(nn.Layer):
-    """Image -> raw (unnormalised) embedding: trunk, pool, one linear layer with bias.
+class ResNet(Backbone):
+    """Trunk, pool, one linear layer with bias.
 
     Args:
         block: ``BasicBlock`` or ``BottleneckBlock``.
         depths: blocks in each of the four stages.
-        embedding_size: D.
-        dropout: probability of dropping a value before the linear layer.
         width: channels of the stem and the first stage; later stages have 2, 4, 8 times as many.
-        input_size: height and width of the images in pixels.
         pool: ``avg`` (mean over the map) or ``flatten`` (every position has its own weights).
         se: squeeze-and-excitation in every block.
         stem: ``imagenet`` (conv7x7 stride 2, max pool) or ``face`` (conv3x3; the first stage has stride 2).
-        in_channels: 3, or 1 for grey (RGB input is turned into luma).
-        recompute: compute each block's activations again in the backward pass instead of keeping them.
-        data_format: ``NCHW`` or ``NHWC``: the layout inside; the input is [B, 3, H, W] in both.
-
-    ``forward``: float [B, 3, H, W] in [-1, 1] -> [B, D]. Under autocast the linear layer runs in its own precision.
+        in_channels: 3, or 1: RGB is turned into luma.
     """
 
-    def __init__(self, block: type[nn.Layer], depths: tuple[int, ...], embedding_size: int = 128, dropout: float = 0.0,
-                 width: int = 64, input_size: int = 112, pool: str = "avg", se: bool = False, stem: str = "imagenet",
-                 in_channels: int = 3, recompute: bool = False, data_format: str = "NCHW"):  # fmt: skip
-        super().__init__()
+    def __init__(
+        self,
+        block: type[nn.Layer],
+        depths: tuple[int, ...],
+        embedding_size: int = 128,
+        width: int = 64,
+        pool: str = "avg",
+        se: bool = False,
+        stem: str = "imagenet",
+        in_channels: int = 3,
+        **common,
+    ):
+        super().__init__(embedding_size, **common)
+        self.set_channels(in_channels)
+        data_format = self.data_format
         if pool not in ("avg", "flatten"):
             raise UserError(f"pool {pool!r}: choose avg or flatten")
         if stem not in ("imagenet", "face"):
             raise UserError(f"stem {stem!r}: choose imagenet or face")
-        if in_channels not in (1, 3):
-            raise UserError(f"in_channels {in_channels}: choose 1 or 3")
-        self.data_format = check_format(data_format)
-        self.pool = pool
-        self.stem = stem
-        self.in_channels = in_channels
-        self.recompute = recompute
-        self.input_size = input_size
-        self.embedding_size = embedding_size
+        self.pool, self.stem = pool, stem
         imagenet = stem == "imagenet"
         self.conv1 = _fan_out_conv(in_channels, width, 7 if imagenet else 3, 2 if imagenet else 1, data_format)
         self.bn1 = batch_norm(width, data_format)
-        strides = (1, 2, 2, 2) if imagenet else (2, 2, 2, 2)
-        size = -(-input_size // 4) if imagenet else input_size
-        num_in = width
-        for stage, (depth, stride) in enumerate(zip(depths, strides, strict=True)):
-            stage_width = width * 2**stage
-            num_out = stage_width * block.expansion
-            blocks = [block(num_in, stage_width, stride, se, data_format)]
-            blocks += [block(num_out, stage_width, 1, se, data_format) for _ in range(depth - 1)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-            num_in, size = num_out, -(-size // stride)
-        self.dropout = nn.Dropout(dropout)
-        self.fc = linear(num_in * (size * size if pool == "flatten" else 1), embedding_size)
+        make_block = partial(block, se=se, data_format=data_format)
+        strides, size = ((1, 2, 2, 2), -(-self.input_size // 4)) if imagenet else ((2, 2, 2, 2), self.input_size)
+        num_out, size = self.add_stages(make_block, depths, strides, width, size, block.expansion)
+        self.fc = linear(num_out * (size * size if pool == "flatten" else 1), embedding_size)
 
     def forward(self, image):
-        x = to_channels(image, self.in_channels)
-        x = x if self.data_format == "NCHW" else x.transpose([0, 2, 3, 1])
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(self.enter(image))))
         if self.stem == "imagenet":
             x = F.max_pool2d(x, 3, 2, 1, data_format=self.data_format)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = run_block(block, x, self.recompute)
+        x = self.run_stages(x)
         if self.pool == "avg":
             x = x.mean([2, 3] if self.data_format == "NCHW" else [1, 2])
         else:
@@ -200,48 +174,35 @@ class ResNet(nn.Layer):
         return full_precision(self.fc, self.dropout(x), self.fc.weight.dtype)
 
 
-class ResNetFace(nn.Layer):
-    """``resnet_face18``: grey image -> raw (unnormalised) embedding.
+class ResNetFace(Backbone):
+    """``resnet_face18``, a network of grey images; arguments as in ``ResNet``."""
 
-    Args as in ``ResNet``; ``input_size`` is 128, ``in_channels`` 1, ``se`` on and ``dropout`` 0.5 unless told.
-    ``forward``: float [B, 1 or 3, H, W] in [-1, 1] -> [B, D].
-    """
-
-    def __init__(self, depths: tuple[int, ...] = (2, 2, 2, 2), embedding_size: int = 512, dropout: float = 0.5,
-                 width: int = 64, input_size: int = 128, se: bool = True, in_channels: int = 1,
-                 recompute: bool = False, data_format: str = "NCHW"):  # fmt: skip
-        super().__init__()
-        if in_channels not in (1, 3):
-            raise UserError(f"in_channels {in_channels}: choose 1 or 3")
-        self.data_format = check_format(data_format)
-        self.in_channels = in_channels
-        self.recompute = recompute
-        self.input_size = input_size
-        self.embedding_size = embedding_size
+    def __init__(
+        self,
+        embedding_size: int = 512,
+        dropout: float = 0.5,
+        width: int = 64,
+        input_size: int = 128,
+        se: bool = True,
+        in_channels: int = 1,
+        **common,
+    ):
+        super().__init__(embedding_size, dropout, input_size, **common)
+        self.set_channels(in_channels)
+        data_format = self.data_format
         init = nn.initializer.XavierNormal()
         self.conv1 = conv(in_channels, width, 3, init=init, data_format=data_format)
         self.bn1 = batch_norm(width, data_format)
         self.prelu = PReLU(1, data_format)
-        num_in, size = width, input_size // 2
-        for stage, depth in enumerate(depths):
-            num_out, stride = width * 2**stage, 1 if stage == 0 else 2
-            blocks = [FaceBlock(num_in, num_out, stride, se, data_format)]
-            blocks += [FaceBlock(num_out, num_out, 1, se, data_format) for _ in range(depth - 1)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-            num_in, size = num_out, -(-size // stride)
-        self.bn4 = batch_norm(num_in, data_format)
-        self.dropout = nn.Dropout(dropout)
-        fc_attr = paddle.ParamAttr(initializer=init)
-        self.fc5 = nn.Linear(num_in * size * size, embedding_size, fc_attr)
+        make_block = partial(FaceBlock, se=se, data_format=data_format)
+        num_out, size = self.add_stages(make_block, (2, 2, 2, 2), (1, 2, 2, 2), width, input_size // 2)
+        self.bn4 = batch_norm(num_out, data_format)
+        self.fc5 = nn.Linear(num_out * size * size, embedding_size, paddle.ParamAttr(initializer=init))
         self.bn5 = batch_norm_1d(embedding_size)
 
     def forward(self, image):
-        x = to_channels(image, self.in_channels)
-        x = x if self.data_format == "NCHW" else x.transpose([0, 2, 3, 1])
-        x = F.max_pool2d(self.prelu(self.bn1(self.conv1(x))), 2, 2, data_format=self.data_format)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in stage:
-                x = run_block(block, x, self.recompute)
+        x = self.prelu(self.bn1(self.conv1(self.enter(image))))
+        x = self.run_stages(F.max_pool2d(x, 2, 2, data_format=self.data_format))
         x = flatten_chw(self.dropout(self.bn4(x)), self.data_format)
         return full_precision(self._embed, x, self.fc5.weight.dtype)
 

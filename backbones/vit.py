@@ -12,7 +12,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from backbones.layers import batch_norm_1d, check_format, full_precision, run_block
+from backbones.layers import Backbone, batch_norm_1d, full_precision, run_block
 from utils.errors import UserError
 
 PATCH_SIZE = 9
@@ -94,8 +94,8 @@ class PatchEmbed(nn.Layer):
         # PyTorch's default for a convolution, which the reference leaves as it is.
         bound = (3 * PATCH_SIZE * PATCH_SIZE) ** -0.5
         attr = paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
-        self.proj = nn.Conv2D(3, width, PATCH_SIZE, PATCH_SIZE, weight_attr=attr, bias_attr=attr,
-                              data_format=data_format)  # fmt: skip
+        options = {"weight_attr": attr, "bias_attr": attr, "data_format": data_format}
+        self.proj = nn.Conv2D(3, width, PATCH_SIZE, PATCH_SIZE, **options)
 
     def forward(self, image):
         if self.data_format == "NHWC":
@@ -103,54 +103,49 @@ class PatchEmbed(nn.Layer):
         return self.proj(image).flatten(2).transpose([0, 2, 1])
 
 
-class VisionTransformer(nn.Layer):
-    """Image -> raw (unnormalised) embedding.
+class VisionTransformer(Backbone):
+    """Patches, ``depth`` blocks, two linear layers.
 
     Args:
         depth: number of blocks.
         width: C, a multiple of ``num_heads``.
-        embedding_size: D.
-        dropout: probability of dropping a value before the linear layers at the end.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         mask_ratio: share of the tokens masked in training, 0 to below 1: int(L * (1 - mask_ratio)) are kept.
         num_heads: attention heads.
-        input_size: height and width of the images in pixels.
-        recompute: compute each block's activations again in the backward pass instead of keeping them.
-        data_format: ``NCHW`` or ``NHWC``: the layout of the patch convolution; the input is [B, 3, H, W] in both.
 
-    ``forward``: float [B, 3, H, W] in [-1, 1] -> [B, D]. Precision is the caller's autocast; the last norm and what
-    follows run in the weights' own precision.
+    ``data_format`` is the layout of the patch convolution. The last norm runs in the weights' own precision too.
     """
 
-    def __init__(self, depth: int, width: int, drop_path: float = 0.1, mask_ratio: float = 0.1,
-                 embedding_size: int = 512, dropout: float = 0.0, num_heads: int = NUM_HEADS, input_size: int = 112,
-                 recompute: bool = False, data_format: str = "NCHW"):  # fmt: skip
-        super().__init__()
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        drop_path: float = 0.1,
+        mask_ratio: float = 0.1,
+        num_heads: int = NUM_HEADS,
+        **common,
+    ):
+        super().__init__(**common)
         if width % num_heads:
             raise UserError(f"width {width}: not a multiple of num_heads {num_heads}")
         if not 0.0 <= mask_ratio < 1.0:
             raise UserError(f"mask_ratio {mask_ratio}: must be at least 0 and below 1")
-        if input_size < PATCH_SIZE:
-            raise UserError(f"input_size {input_size}: smaller than a patch of {PATCH_SIZE} pixels")
-        self.recompute = recompute
-        self.mask_ratio = mask_ratio
-        self.input_size = input_size
-        self.embedding_size = embedding_size
-        self.num_tokens = (input_size // PATCH_SIZE) ** 2
+        if self.input_size < PATCH_SIZE:
+            raise UserError(f"input_size {self.input_size}: smaller than a patch of {PATCH_SIZE} pixels")
+        self.num_tokens = (self.input_size // PATCH_SIZE) ** 2
         self.num_kept = max(1, int(self.num_tokens * (1.0 - mask_ratio)))
-        self.patch_embed = PatchEmbed(width, check_format(data_format))
+        self.patch_embed = PatchEmbed(width, self.data_format)
         normal = nn.initializer.Normal(0.0, 0.02)
         self.pos_embed = self.create_parameter([1, self.num_tokens, width], default_initializer=normal)
         self.mask_token = self.create_parameter([1, 1, width], default_initializer=normal)
         rates = [drop_path * index / max(1, depth - 1) for index in range(depth)]
         self.blocks = nn.LayerList([Block(width, num_heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
         self.feature = nn.Sequential(
             _linear(width * self.num_tokens, width, bias=False),
             batch_norm_1d(width, HEAD_EPSILON),
-            _linear(width, embedding_size, bias=False),
-            batch_norm_1d(embedding_size, HEAD_EPSILON),
+            _linear(width, self.embedding_size, bias=False),
+            batch_norm_1d(self.embedding_size, HEAD_EPSILON),
         )
 
     def forward(self, image):
