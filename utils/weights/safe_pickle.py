@@ -15,8 +15,10 @@ import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pickle import BUILD, BYTEARRAY8, DICT, FLOAT, FRAME, GET, INT, LONG, MARK, PUT, REDUCE, SETITEM, SETITEMS, STOP
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -41,6 +43,11 @@ class Name:
 
     def __init__(self, full: str, call: Callable | None) -> None:
         self.full, self.call = full, call
+
+    def __call__(self, *arguments: object) -> object:
+        if self.call is None:
+            raise pickle.UnpicklingError(f"a call of {self.full}, which is an argument only")
+        return self.call(*arguments)
 
 
 class _Dtype:
@@ -93,20 +100,14 @@ def _bytes(*arguments: object) -> bytes:
     return bytes(*arguments)
 
 
-def _sequence(kind: type) -> Callable:
-    def make(items: object = ()) -> object:
-        if not isinstance(items, list | tuple):
-            raise TypeError(f"a {kind.__name__} made of something else than items")
-        return kind(items)
-
-    return make
+def _sequence(kind: type, items: object = ()) -> object:
+    if not isinstance(items, list | tuple):
+        raise TypeError(f"a {kind.__name__} made of something else than items")
+    return kind(items)
 
 
-def _dictionary(kind: type) -> Callable:
-    def make(items: object = ()) -> dict:
-        return kind((_key(key), value) for key, value in _sequence(list)(items))
-
-    return make
+def _dictionary(kind: type, items: object = ()) -> dict:
+    return kind((_key(key), value) for key, value in _sequence(list, items))
 
 
 def _key(key: object) -> object:
@@ -126,65 +127,34 @@ def _text(value: object) -> str:
     return value
 
 
-def _both(name: str, call: Callable) -> dict[str, Callable]:
-    return {f"{module}.{name}": call for module in ("builtins", "__builtin__")}
-
-
+# By the names of Python 3 and numpy 1; see ``SafeUnpickler.find_class``.
 BIN_NAMES: dict[str, Callable | None] = {
-    **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray.scalar": lambda dtype, raw: _array(raw, dtype, ())[()] for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric._frombuffer": _array for core in ("core", "_core")},
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy.core.multiarray.scalar": lambda dtype, raw: _array(raw, dtype, ())[()],
+    "numpy.core.numeric._frombuffer": _array,
     "numpy.ndarray": None,
     "numpy.dtype": _Dtype,
     "_codecs.encode": _encode,
-    **_both("bytes", _bytes),
-    **_both("bytearray", _bytes),
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
 }
-WEIGHT_NAMES = {
-    **BIN_NAMES,
-    "collections.OrderedDict": _dictionary(OrderedDict),
-    **_both("tuple", _sequence(tuple)),
-    **_both("list", _sequence(list)),
-    **_both("dict", _dictionary(dict)),
+WEIGHT_NAMES = BIN_NAMES | {
+    "collections.OrderedDict": partial(_dictionary, OrderedDict),
+    "builtins.tuple": partial(_sequence, tuple),
+    "builtins.list": partial(_sequence, list),
+    "builtins.dict": partial(_dictionary, dict),
 }
-
-
-class _Source:
-    """The pickle's bytes; what is claimed is compared with what is left before it is read."""
-
-    def __init__(self, data: bytes, start: int = 0) -> None:
-        self.data, self.position, self.num_reads = data, start, 0
-        self.machine: SafeUnpickler | None = None
-
-    def read(self, size: int) -> bytes:
-        left = len(self.data) - self.position
-        if size > left:
-            raise EOFError(f"a length of {size} bytes is claimed where {left} are left: cut or malicious")
-        self.num_reads += 1
-        if self.num_reads > MAX_READS or len(self.machine.stack) > MAX_STACK:
-            raise ValueError(f"more than {MAX_READS} values, or {MAX_STACK} at once")
-        self.position += size
-        return self.data[self.position - size : self.position]
-
-    def readline(self) -> bytes:
-        stop = self.data.find(b"\n", self.position) + 1
-        if stop == 0:
-            raise EOFError("a text argument without an end")
-        line, self.position = self.data[self.position : stop], stop
-        return line
 
 
 # Opcodes that stay as the standard library has them: push a value, make a sequence, append, memo, name a global.
 _KEPT = b"\x8001N\x88\x89JKM\x8aGSTUBC\x8eVX\x8c\x8d])}lt\x85\x86\x87aeqr\x94hjc\x93"
 
 
-class _Opcodes(dict):
+class Opcodes(dict):
+    """Code -> what handles it; any other is refused."""
+
     def __missing__(self, code: int):
         raise pickle.UnpicklingError(f"pickle opcode {bytes([code])!r} is not one that plain data needs")
-
-    def copy_with(self, code: int) -> "_Opcodes":
-        """With one more of the standard library's."""
-        return _Opcodes(self | {code: pickle._Unpickler.dispatch[code]})
 
 
 class SafeUnpickler(pickle._Unpickler):
@@ -192,31 +162,55 @@ class SafeUnpickler(pickle._Unpickler):
 
     Args:
         path: for messages.
-        data: the pickle and what follows it; the reading starts at ``start``.
+        data: the pickle and what follows it.
         names: full name -> what answers a call of it.
 
     Raises (``load``): UnsafePickleError.
     """
 
-    def __init__(self, path: str | os.PathLike, data: bytes, names: dict[str, Callable | None], start: int = 0) -> None:
-        self.path, self.names, self.source = path, names, _Source(data, start)
-        self.source.machine = self
+    def __init__(self, path: str | os.PathLike, data: bytes, names: dict[str, Callable | None]) -> None:
+        self.path, self.names, self.data, self.position, self.num_reads = path, names, data, 0, 0
         self.stack: list = []
-        super().__init__(self.source, encoding="bytes")  # Python 2's strings
+        # Python 2's strings are bytes.
+        super().__init__(SimpleNamespace(read=self.read_bytes, readline=self.read_line), encoding="bytes")
+
+    def read_bytes(self, size: int) -> bytes:
+        """So many bytes; what is claimed is compared with what is left before anything is allocated."""
+        left = len(self.data) - self.position
+        if size > left:
+            raise EOFError(f"a length of {size} bytes is claimed where {left} are left: cut or malicious")
+        self.num_reads += 1
+        if self.num_reads > MAX_READS or len(self.stack) > MAX_STACK:
+            raise ValueError(f"more than {MAX_READS} values, or {MAX_STACK} at once")
+        self.position += size
+        return self.data[self.position - size : self.position]
+
+    def read_line(self) -> bytes:
+        """A text argument."""
+        stop = self.data.find(b"\n", self.position) + 1
+        if stop == 0:
+            raise EOFError("a text argument without an end")
+        line, self.position = self.data[self.position : stop], stop
+        return line
 
     def load(self) -> object:
         self.memo.clear()
         try:
             return super().load()
         except DAMAGE as error:
-            place = f"byte {self.source.position} of {len(self.source.data)}"
+            place = f"byte {self.position} of {len(self.data)}"
             raise UnsafePickleError(f"{self.path}: {error} ({place}); refused, nothing was executed") from error
 
     def find_class(self, module: str, name: str) -> Name:
-        full = f"{module}.{name}"
+        """The name, whether Python 2 and numpy 1 spell it or what came after them."""
+        full = f"{module}.{name}".replace("__builtin__.", "builtins.").replace("numpy._core.", "numpy.core.")
         if full not in self.names:
-            raise pickle.UnpicklingError(f"the name {full} is not data")
+            return self.unknown(full)
         return Name(full, self.names[full])
+
+    def unknown(self, full: str) -> Name:
+        """What stands for a name that is not among ``names``."""
+        raise pickle.UnpicklingError(f"the name {full} is not data")
 
     def load_mark(self) -> None:
         if len(self.metastack) >= MAX_NESTING:
@@ -234,23 +228,24 @@ class SafeUnpickler(pickle._Unpickler):
     def load_bytearray8(self) -> None:
         self.append(self.read(*struct.unpack("<Q", self.read(8))))
 
-    def load_number(self) -> None:
+    def _digits(self) -> bytes:
         line = self.readline().strip()
         if len(line) > MAX_DIGITS:
             raise pickle.UnpicklingError(f"a number of {len(line)} digits")
-        self.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else int(line.rstrip(b"L")))
+        return line
+
+    def load_number(self) -> None:
+        line = self._digits()
+        self.append(line == b"01" if line in (b"00", b"01") else int(line.rstrip(b"L")))
 
     def load_float(self) -> None:
-        line = self.readline()
-        if len(line) > MAX_DIGITS:
-            raise pickle.UnpicklingError(f"a number of {len(line)} digits")
-        self.append(float(line))
+        self.append(float(self._digits()))
 
     def load_put(self) -> None:
-        self.memo[_key(int(self.readline()[:20]))] = self.stack[-1]
+        self.memo[_key(int(self._digits()))] = self.stack[-1]
 
     def load_get(self) -> None:
-        self.append(self.memo[_key(int(self.readline()[:20]))])
+        self.append(self.memo[_key(int(self._digits()))])
 
     def load_setitems(self) -> None:
         self._set(self.pop_mark())
@@ -273,30 +268,42 @@ class SafeUnpickler(pickle._Unpickler):
 
     def load_reduce(self) -> None:
         arguments, called = self.stack.pop(), self.stack.pop()
-        if not (isinstance(called, Name) and called.call is not None and isinstance(arguments, tuple)):
+        if not (isinstance(called, Name) and isinstance(arguments, tuple)):
             raise pickle.UnpicklingError("a call of what is not a known name")
-        self.append(called.call(*arguments))
+        self.append(called(*arguments))
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, dict):
             return  # attributes of a state dict (the versions of its modules): of no use here
-        if not (isinstance(target, _Array | _Dtype) and isinstance(state, tuple)):
+        if not hasattr(target, "set_state"):
             raise pickle.UnpicklingError("a state for what is neither an array nor a dtype")
         target.set_state(state)
 
-    dispatch = _Opcodes({code: handler for code, handler in pickle._Unpickler.dispatch.items() if code in _KEPT})
+    dispatch = Opcodes({code: handler for code, handler in pickle._Unpickler.dispatch.items() if code in _KEPT})
     dispatch |= {MARK[0]: load_mark, STOP[0]: load_stop, FRAME[0]: load_frame, BYTEARRAY8[0]: load_bytearray8}
     dispatch |= {INT[0]: load_number, LONG[0]: load_number, FLOAT[0]: load_float, PUT[0]: load_put, GET[0]: load_get}
     dispatch |= {SETITEM[0]: load_setitem, SETITEMS[0]: load_setitems, DICT[0]: load_dict}
     dispatch |= {REDUCE[0]: load_reduce, BUILD[0]: load_build}
 
 
-def finished(path: str | os.PathLike, root: object, allowed: tuple[type, ...], leaf: Callable | None = None) -> object:
+_OPEN = object()
+PLAIN = (dict, list, tuple, str, bytes, int, float, bool, type(None), np.generic, np.ndarray)
+_IMAGES = (list, tuple, bytes, bool, int, np.ndarray)
+_LABELS = (list, tuple, bool, int, float, np.generic, np.ndarray)
+
+
+def finished(
+    path: str | os.PathLike,
+    root: object,
+    allowed: tuple[type, ...],
+    leaf: Callable | None = None,
+    dtype: type | None = None,
+) -> object:
     """A copy of what was unpickled with arrays in place; every object that is not of ``allowed`` types is refused.
 
-    ``leaf``: called for each object that is no container, for what the caller's own names made. A container that
-    occurs many times is copied once.
+    ``leaf``: called for each object that is no array, for what the caller's own names made. ``dtype``: the one that
+    arrays may have. A container that occurs many times is copied once.
     """
     done: dict[int, object] = {}
 
@@ -305,8 +312,10 @@ def finished(path: str | os.PathLike, root: object, allowed: tuple[type, ...], l
             item = item.value
         elif leaf is not None:
             item = leaf(item)
-        if not isinstance(item, allowed):
+        odd = dtype is not None and isinstance(item, np.ndarray) and item.dtype != dtype
+        if odd or not isinstance(item, allowed):
             what = f"the name {item.full}" if isinstance(item, Name) else f"a {type(item).__name__.strip('_')}"
+            what = f"an array of {item.dtype}" if odd else what
             raise UnsafePickleError(f"{path}: holds {what}, which this kind of file must not")
         if not isinstance(item, list | tuple | dict):
             return item
@@ -325,39 +334,18 @@ def finished(path: str | os.PathLike, root: object, allowed: tuple[type, ...], l
     return copy(root, 0)
 
 
-_OPEN = object()
-PLAIN = (dict, list, tuple, str, bytes, int, float, bool, type(None), np.generic, np.ndarray)
-
-
 def load_bin_pickle(path: str | os.PathLike) -> object:
     """The value of a ``.bin`` pickle (Python 2 or 3): lists, tuples, bytes, bools, ints and uint8 arrays; in the second
-    of two values (the labels) also floats, numpy's scalars and arrays of any numbers.
+    of two values (the labels) also floats, numpy's scalars and arrays of any numbers, but no bytes.
 
     Raises:
         OSError: the file cannot be read.
         UnsafePickleError: anything else is in it, or it is cut or malformed.
     """
     value = finished(path, SafeUnpickler(path, _read(path), BIN_NAMES).load(), PLAIN)
-    narrow, labels = (
-        (list, tuple, bytes, bool, int, np.ndarray),
-        (list, tuple, bool, int, float, np.generic, np.ndarray),
-    )
-    if isinstance(value, list | tuple) and len(value) == 2:
-        todo = [(value[0], narrow), (value[1], labels)]
-    else:
-        todo = [(value, narrow)]
-    seen = set()
-    while todo:
-        item, allowed = todo.pop()
-        if (id(item), allowed) in seen:
-            continue
-        seen.add((id(item), allowed))
-        odd_array = isinstance(item, np.ndarray) and allowed is narrow and item.dtype != np.uint8
-        if not isinstance(item, allowed) or odd_array:
-            what = f"an array of {item.dtype}" if odd_array else f"a {type(item).__name__}"
-            raise UnsafePickleError(f"{path}: holds {what}, which this kind of file must not")
-        if isinstance(item, list | tuple):
-            todo += [(part, allowed) for part in item]
+    images, *labels = value if isinstance(value, list | tuple) and len(value) == 2 else (value,)
+    finished(path, images, _IMAGES, dtype=np.uint8)
+    finished(path, labels, _LABELS)
     return value
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from utils.weights.safe_pickle import (
     PLAIN,
     WEIGHT_NAMES,
     Name,
+    Opcodes,
     SafeUnpickler,
     UnsafePickleError,
     finished,
@@ -106,7 +108,12 @@ class Foreign(Name):
     """
 
     def __init__(self, full: str) -> None:
-        super().__init__(full, None)
+        super().__init__(full, lambda *ignored: self)
+
+    def pass_over(self, *ignored: object) -> None:
+        """What the file would put into it."""
+
+    set_state = append = extend = add = pass_over
 
 
 class _TorchUnpickler(SafeUnpickler):
@@ -126,50 +133,15 @@ class _TorchUnpickler(SafeUnpickler):
                 return whole
         raise pickle.UnpicklingError(f"a persistent id that is no whole storage: {str(pid)[:60]}")
 
-    def find_class(self, module: str, name: str) -> Name:
-        full = f"{module}.{name}"
-        return super().find_class(module, name) if full in self.names else Foreign(full)
-
-    def load_reduce(self) -> None:
-        if isinstance(self.stack[-2], Foreign):
-            self.stack.pop()
-        else:
-            SafeUnpickler.load_reduce(self)
-
-    def load_newobj(self) -> None:
-        self.stack.pop()
-        self._must_be_foreign()
+    def unknown(self, full: str) -> Name:
+        return Foreign(full)
 
     def load_newobj_ex(self) -> None:
-        del self.stack[-2:]
-        self._must_be_foreign()
-
-    def _must_be_foreign(self) -> None:
-        if not isinstance(self.stack[-1], Foreign):
-            raise pickle.UnpicklingError("an object made of what is no class")
-
-    def load_build(self) -> None:
-        if isinstance(self.stack[-2], Foreign):
-            self.stack.pop()
-        else:
-            SafeUnpickler.load_build(self)
-
-    def load_append(self) -> None:
-        value = self.stack.pop()
-        if not isinstance(self.stack[-1], Foreign):
-            self.stack[-1].append(value)
-
-    def load_appends(self) -> None:
-        values = self.pop_mark()
-        if not isinstance(self.stack[-1], Foreign):
-            self.stack[-1].extend(values)
+        self.stack.pop()  # keywords
+        self.load_reduce()
 
     def load_empty_set(self) -> None:
         self.append(Foreign("builtins.set"))
-
-    def load_additems(self) -> None:
-        self.pop_mark()
-        self._must_be_foreign()
 
     def load_frozenset(self) -> None:
         self.pop_mark()
@@ -177,16 +149,15 @@ class _TorchUnpickler(SafeUnpickler):
 
     def _set(self, items: list) -> None:
         """Items of foreign objects, and those whose key names no weight (a tuple, say), are passed over unhashed."""
-        if isinstance(self.stack[-1], Foreign):
-            return
-        pairs = zip(items[::2], items[1::2], strict=True)
-        SafeUnpickler._set(self, [part for pair in pairs if isinstance(pair[0], str | bytes | int) for part in pair])
+        if not isinstance(self.stack[-1], Foreign):
+            pairs = zip(items[::2], items[1::2], strict=True)
+            named = [part for pair in pairs if isinstance(pair[0], str | bytes | int) for part in pair]
+            SafeUnpickler._set(self, named)
 
-    dispatch = SafeUnpickler.dispatch.copy_with(pickle.BINPERSID[0])
-    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.NEWOBJ_EX[0]: load_newobj_ex}
-    dispatch |= {pickle.BUILD[0]: load_build, pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends}
-    dispatch |= {pickle.EMPTY_SET[0]: load_empty_set, pickle.ADDITEMS[0]: load_additems}
-    dispatch |= {pickle.FROZENSET[0]: load_frozenset}
+    dispatch = Opcodes(SafeUnpickler.dispatch)
+    dispatch |= {code[0]: pickle._Unpickler.dispatch[code[0]] for code in (pickle.BINPERSID, pickle.ADDITEMS)}
+    dispatch |= {pickle.NEWOBJ[0]: SafeUnpickler.load_reduce, pickle.NEWOBJ_EX[0]: load_newobj_ex}
+    dispatch |= {pickle.EMPTY_SET[0]: load_empty_set, pickle.FROZENSET[0]: load_frozenset}
 
 
 def load_torch(path: str | os.PathLike) -> object:
@@ -252,10 +223,10 @@ def _load_stream(path: Path) -> object:
     arrays = {}
     for key in keys:
         storage = unpickler.storages[key]
-        (length,) = struct.unpack("<q", unpickler.source.read(8))
+        (length,) = struct.unpack("<q", unpickler.read_bytes(8))
         if length != storage.length:
             raise UnsafePickleError(f"{path}: storage {key} has {length} values where {storage.length} were announced")
-        arrays[key] = storage.values(unpickler.source.read(length * storage.itemsize))
+        arrays[key] = storage.values(unpickler.read_bytes(length * storage.itemsize))
     return _with_arrays(path, value, arrays)
 
 
@@ -271,76 +242,54 @@ def _with_arrays(path: Path, value: object, arrays: dict[str, np.ndarray]) -> ob
     return finished(path, value, (*PLAIN, Foreign), view)
 
 
+class _TorchPickler(pickle._Pickler):
+    """Arrays become tensors, each of a storage of its own; PyTorch's names are written without looking them up."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=2)
+        self.arrays: list[np.ndarray] = []
+
+    def persistent_id(self, item: object) -> tuple | None:
+        if isinstance(item, _Storage):
+            return "storage", Name(f"torch.{STORAGES[item.dtype]}", None), item.key, "cpu", item.length
+        return None
+
+    def reducer_override(self, item: object) -> object:
+        if isinstance(item, Name):
+            return item.full
+        if isinstance(item, np.ndarray) and str(item.dtype) in STORAGES:
+            array = np.ascontiguousarray(item).reshape(item.shape)
+            storage = _Storage(str(len(self.arrays)), str(array.dtype), array.size)
+            self.arrays.append(array)
+            stride = tuple(step // array.itemsize for step in array.strides)
+            rebuild = Name("torch._utils._rebuild_tensor_v2", _Tensor)
+            return rebuild, (storage, 0, array.shape, stride, False, OrderedDict())
+        if item is OrderedDict or type(item) in (dict, OrderedDict, list, tuple, str, int, float, bool, type(None)):
+            return NotImplemented
+        kind = f"an array of {item.dtype}" if isinstance(item, np.ndarray) else f"a {type(item).__name__}"
+        raise TypeError(f"{kind} cannot be written to a PyTorch file")
+
+    def save_global(self, item: object, name: str | None = None) -> None:
+        if isinstance(item, Name):
+            self.write(pickle.GLOBAL + "\n".join((*name.rsplit(".", 1), "")).encode())
+        else:
+            super().save_global(item, name)
+
+
 def save_torch(path: str | os.PathLike, content: object) -> None:
     """Write dicts (string or integer keys), lists, strings, numbers and numpy arrays so that ``torch.load`` reads them.
 
     The file appears whole or not at all.
+
+    Raises:
+        TypeError: ``content`` holds something else.
     """
-    storages: list[np.ndarray] = []
     out = io.BytesIO()
-    out.write(pickle.PROTO + b"\x02")
-    _emit(out, content, storages)
-    out.write(pickle.STOP)
+    pickler = _TorchPickler(out)
+    pickler.dump(content)
     with written_whole(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", out.getvalue())
         archive.writestr("archive/byteorder", b"little")
-        for key, array in enumerate(storages):
-            archive.writestr(f"archive/data/{key}", _little_endian(array))
+        for key, array in enumerate(pickler.arrays):
+            archive.writestr(f"archive/data/{key}", array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
         archive.writestr("archive/version", b"3\n")
-
-
-def _emit(out: io.BytesIO, item: object, storages: list[np.ndarray]) -> None:
-    """Append the opcodes that push ``item``; arrays become tensors of storages of their own."""
-    if item is None:
-        out.write(pickle.NONE)
-    elif isinstance(item, bool):
-        out.write(pickle.NEWTRUE if item else pickle.NEWFALSE)
-    elif isinstance(item, int):
-        raw = item.to_bytes(item.bit_length() // 8 + 1, "little", signed=True)
-        out.write(pickle.LONG1 + bytes([len(raw)]) + raw)
-    elif isinstance(item, float):
-        out.write(pickle.BINFLOAT + struct.pack(">d", item))
-    elif isinstance(item, str):
-        raw = item.encode()
-        out.write(pickle.BINUNICODE + struct.pack("<I", len(raw)) + raw)
-    elif isinstance(item, dict):
-        out.write(pickle.EMPTY_DICT + pickle.MARK)
-        for key, value in item.items():
-            _emit(out, key, storages)
-            _emit(out, value, storages)
-        out.write(pickle.SETITEMS)
-    elif isinstance(item, list):
-        out.write(pickle.EMPTY_LIST + pickle.MARK)
-        for value in item:
-            _emit(out, value, storages)
-        out.write(pickle.APPENDS)
-    elif isinstance(item, tuple):
-        out.write(pickle.MARK)
-        for value in item:
-            _emit(out, value, storages)
-        out.write(pickle.TUPLE)
-    elif isinstance(item, np.ndarray):
-        _emit_tensor(out, np.ascontiguousarray(item).reshape(item.shape), storages)
-    else:
-        raise TypeError(f"a {type(item).__name__} cannot be written to a PyTorch file")
-
-
-def _little_endian(array: np.ndarray) -> bytes:
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-
-
-def _emit_tensor(out: io.BytesIO, array: np.ndarray, storages: list[np.ndarray]) -> None:
-    if str(array.dtype) not in STORAGES:
-        raise TypeError(f"an array of {array.dtype} cannot be written to a PyTorch file")
-    stride = tuple(step // array.itemsize for step in array.strides)
-    out.write(pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK + pickle.MARK)
-    _emit(out, "storage", storages)
-    out.write(pickle.GLOBAL + f"torch\n{STORAGES[str(array.dtype)]}\n".encode())
-    for part in (str(len(storages)), "cpu", array.size):
-        _emit(out, part, storages)
-    out.write(pickle.TUPLE + pickle.BINPERSID)
-    for part in (0, array.shape, stride, False):
-        _emit(out, part, storages)
-    out.write(pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE)
-    out.write(pickle.TUPLE + pickle.REDUCE)
-    storages.append(array)
