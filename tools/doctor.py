@@ -33,7 +33,7 @@ if __package__ in (None, ""):
 
 from utils.errors import CommandLine, UserError, one_line_errors
 from utils.launch import launch_command, rank_environment
-from utils.system import BF16_CAPABILITY, num_cores, without_machine_code
+from utils.system import BF16_CAPABILITY, num_cores, proc_bytes, without_machine_code
 
 OLDEST_PADDLE, NEWEST_PADDLE = (2, 6), (3, 3)
 REQUIRED = ("numpy", "pydantic", "yaml", "rich", "prettytable", "cv2", "sklearn", "matplotlib", "safetensors")
@@ -188,11 +188,9 @@ def check_threads(cpus: int | None = None, omp: str | None = None) -> Finding:
 
 def check_memory() -> Finding:
     """Main memory that is free for us."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
+    if not Path("/proc/meminfo").exists():
         return Finding("memory", "not known on this system")
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+    available = proc_bytes("meminfo", "MemAvailable")
     problem = "" if available >= 4 * GIB else "less than 4 GiB free; use small batches and `python tools/plan.py` first"
     return judge("memory", f"{available / GIB:.1f} GiB available", problem)
 

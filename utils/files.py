@@ -158,8 +158,5 @@ _STARTS = (
     (b"\xff\xd8\xff", "a JPEG picture"),
     (b"%PDF", "a PDF document"),
     (b"\x0a\x23\xd7\xce", "a RecordIO file (.rec)"),
-    (b"\x80\x02", "a pickle"),
-    (b"\x80\x03", "a pickle"),
-    (b"\x80\x04", "a pickle"),
-    (b"\x80\x05", "a pickle"),
+    *((bytes([0x80, protocol]), "a pickle") for protocol in range(2, 6)),
 )

@@ -20,6 +20,7 @@ The standard library alone.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import random
@@ -57,7 +58,7 @@ class Claim:
     token: str
 
 
-class Owner:
+class Owner(contextlib.AbstractContextManager):
     """A folder claimed by this process, until ``release`` or its end; also a context manager. See ``claim``."""
 
     def __init__(self, folder: Path, number: int, mine: Claim, made_folder: bool, name: str):
@@ -84,9 +85,6 @@ class Owner:
                 self.folder.rmdir()
         except OSError as error:  # storage that went away: the claim is judged by its process
             print(f"warning: {self.path}: could not be removed: {error.strerror}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "Owner":
-        return self
 
     def __exit__(self, *_) -> None:
         self.release()
@@ -139,30 +137,25 @@ def claim(folder: str | Path, remedy: str = "name another folder", name: str = "
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
         token=secrets.token_hex(8),
     )
-    dead: dict[int, Claim | None] = {}
+    dead: list[tuple[int, Claim | None]] = []
     for _ in range(_ATTEMPTS):
-        found = dict(_claims(folder, name))
-        for number, other in found.items():
-            if number in dead and dead[number] == other:
-                continue
-            if not _is_dead(folder / f"{name}_{number}.json", other):
-                raise UserError(
-                    f"{folder}: in use by {_describe(other)}, {folder / f'{name}_{number}.json'}; "
-                    f"wait until it ends, end it, or {remedy}"
-                )
-            dead[number] = other
-        number = max(found, default=0) + 1
+        found = _claims(folder, name)
+        for number, other in found:
+            path = folder / f"{name}_{number}.json"
+            if (number, other) not in dead and not _is_dead(path, other):
+                told = f"{folder}: in use by {_describe(other)}, {path}"
+                raise UserError(f"{told}; wait until it ends, end it, or {remedy}")
+            dead.append((number, other))
+        number = max((n for n, _ in found), default=0) + 1
         path = folder / f"{name}_{number}.json"
-        if not _create(path, mine):
-            _step_back()
-            continue
-        beside = {n: other for n, other in _claims(folder, name) if n != number}
-        if all(n in dead and dead[n] == other for n, other in beside.items()):
-            for n in beside:
-                (folder / f"{name}_{n}.json").unlink(missing_ok=True)
-            return Owner(folder, number, mine, made_folder, name)
-        path.unlink(missing_ok=True)
-        _step_back()
+        if _create(path, mine):
+            beside = [each for each in _claims(folder, name) if each[0] != number]
+            if all(each in dead for each in beside):
+                for n, _ in beside:
+                    (folder / f"{name}_{n}.json").unlink(missing_ok=True)
+                return Owner(folder, number, mine, made_folder, name)
+            path.unlink(missing_ok=True)
+        time.sleep(random.uniform(0.05, 0.5))  # different lengths, so that two do not meet again
     raise UserError(f"{folder}: several processes try to claim it at this moment; start one of them, or {remedy}")
 
 
@@ -189,10 +182,6 @@ def is_running(pid: int, started: str = "") -> bool | None:
     if now is None:  # gone between the two looks, a zombie, hidden, or there is no /proc
         return False if ours and _machine() else None
     return not started or now == started
-
-
-def _step_back() -> None:
-    time.sleep(random.uniform(0.05, 0.5))  # different lengths, so that two do not meet again
 
 
 def _machine() -> str:
@@ -232,30 +221,27 @@ def _create(path: Path, mine: Claim) -> bool:
     """Write the claim under a name that nobody has; False if someone has it."""
     text = json.dumps(asdict(mine), indent=1) + "\n"
     aside = path.with_name(f".{path.name}.{mine.token}")
-    with open(aside, "x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    _write_new(aside, text)
     try:
         os.link(aside, path)
         return True
     except FileExistsError:
         return aside.stat().st_nlink == 2  # a server may have linked and lost the answer (open(2), O_EXCL)
     except OSError:  # a file system without links
-        return _create_without_links(path, text)
+        with contextlib.suppress(FileExistsError):
+            _write_new(path, text)
+            return True
+        return False
     finally:
         aside.unlink(missing_ok=True)
 
 
-def _create_without_links(path: Path, text: str) -> bool:
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        return True
-    except FileExistsError:
-        return False
+def _write_new(path: Path, text: str) -> None:
+    """``FileExistsError`` where the name is taken; on disk when this returns."""
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _is_dead(path: Path, other: Claim | None) -> bool:
@@ -265,8 +251,8 @@ def _is_dead(path: Path, other: Claim | None) -> bool:
         running = is_running(other.pid, other.started) if here else None
         if running is False or (running and other.machine):
             return not running
-    print(f"{path.parent}: claimed by {_describe(other)}; waiting for a sign of life, at most {STALE:.0f} s",
-          file=sys.stderr, flush=True)  # fmt: skip
+    told = f"{path.parent}: claimed by {_describe(other)}; waiting for a sign of life, at most {STALE:.0f} s"
+    print(told, file=sys.stderr, flush=True)
     first, began = _moved(path), time.monotonic()
     while first is not None and time.monotonic() - began < STALE:
         time.sleep(min(1.0, BEAT / 5))

@@ -6,6 +6,7 @@ element-wise operation, measured). glibc can keep the memory instead.
 """
 
 import collections
+import contextlib
 import ctypes
 import functools
 import math
@@ -158,18 +159,20 @@ def available_memory(device: str, ranks: int = 1) -> float | None:
         return float(paddle.device.cuda.get_device_properties().total_memory)
     if device != "cpu" or not Path("/proc/meminfo").exists():
         return None
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit, used in _CGROUPS:
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such version, or "max"
-            continue
+    free, groups = proc_bytes("meminfo", "MemAvailable"), Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such version, or "max"
+            free = min(free, int((groups / limit).read_text()) - int((groups / used).read_text()))
     return max(0.0, free / max(1, ranks))
 
 
-_CGROUPS = tuple((f"/sys/fs/cgroup/{limit}", f"/sys/fs/cgroup/{used}") for limit, used in (
-    ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")))  # fmt: skip
+def proc_bytes(name: str, field: str) -> int:
+    """What Linux says in a line ``field: number kB`` of ``/proc/name``."""
+    lines = dict(line.split(":", 1) for line in Path("/proc", name).read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
 
 
 def peak_memory_mb() -> float:
@@ -192,17 +195,12 @@ def peak_memory_mb() -> float:
 def reset_peak() -> int:
     """Forget the peak of this process's resident memory (Linux); returns what it holds now, bytes."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
+    return proc_bytes("self/status", "VmRSS")
 
 
 def peak_bytes() -> int:
     """Peak of this process's resident memory since ``reset_peak`` (Linux), bytes."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
+    return proc_bytes("self/status", "VmHWM")
 
 
 def advise_huge_pages(address: int, num_bytes: int) -> None:
@@ -229,15 +227,11 @@ def release_pages(array: np.ndarray) -> None:
         array.base.madvise(mmap.MADV_DONTNEED)
 
 
-def keep_freed_memory(huge_bytes: int | None = None) -> bool:
+def keep_freed_memory() -> bool:
     """Tell glibc to serve large blocks from its heap and never to give them back; ask for huge pages there.
 
     Call it early in a process that trains or embeds on CPU; again does no harm. Peak memory is what the largest step
     needs, plus fragmentation.
-
-    Args:
-        huge_bytes: how much address space to mark for huge pages, an eighth of the machine's memory unless told.
-            Nothing of it is used until a tensor is.
 
     Returns:
         True if done, False where the C library is not glibc (nothing happens).
@@ -249,19 +243,15 @@ def keep_freed_memory(huge_bytes: int | None = None) -> bool:
         return False
     if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
         return False
-    if huge_bytes is None:
-        huge_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    # An eighth of the machine's memory; nothing of it is used until a tensor is.
+    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     # Freed again at once, the block stays in the heap (trimming is off) with its advice, untouched.
-    block = libc.malloc(huge_bytes)
+    block = libc.malloc(num_bytes)
     if block:
-        start = -(-block // _HUGE_PAGE) * _HUGE_PAGE
-        size = (block + huge_bytes - start) // _HUGE_PAGE * _HUGE_PAGE
-        if size > 0:
-            libc.madvise(start, size, _MADV_HUGEPAGE)
+        advise_huge_pages(block, num_bytes)
         libc.free(block)
     return True
 

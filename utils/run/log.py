@@ -4,6 +4,7 @@
 drops the lines of updates that it will do again, so the file always holds one line an update logged.
 """
 
+import importlib
 import json
 import logging
 import math
@@ -99,10 +100,16 @@ class RunLog:
         metrics.write_text("".join(kept), encoding="utf-8")
         self._jsonl = open(metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
         if tensorboard:
-            self._writers.append(_tensorboard(self.run_dir / "events", resume_step))
+            purge = None if resume_step is None else resume_step + 1
+            writer = _package("tensorboard", "tensorboardX", "tensorboardX").SummaryWriter
+            self._writers.append(writer(str(self.run_dir / "events"), purge_step=purge))
         if visualdl:
-            self._writers.append(_visualdl(self.run_dir / "visualdl"))
-        self._start_progress(total_steps, resume_step or 0)
+            writer = _package("visualdl", "visualdl", "visualdl==2.5.3").LogWriter
+            self._writers.append(writer(logdir=str(self.run_dir / "visualdl")))
+        if sys.stdout.isatty():  # log files and pipes get plain lines
+            self._progress = build_bar(with_line=True)
+            self._task = self._progress.add_task("train", total=total_steps, completed=resume_step or 0, line="")
+            self._progress.start()
 
     def info(self, message: str) -> None:
         """A line for people, on rank 0."""
@@ -182,13 +189,6 @@ class RunLog:
         else:
             print(message, flush=True)
 
-    def _start_progress(self, total_steps: int, completed: int) -> None:
-        if not sys.stdout.isatty():  # log files and pipes get plain lines
-            return
-        self._progress = build_bar(with_line=True)
-        self._task = self._progress.add_task("train", total=total_steps, completed=completed, line="")
-        self._progress.start()
-
 
 def _lines_until(path: Path, step: int) -> list[str]:
     """Lines of ``metrics.jsonl`` up to and including an update; a cut last line is dropped."""
@@ -202,22 +202,9 @@ def _lines_until(path: Path, step: int) -> list[str]:
     return kept
 
 
-def _tensorboard(folder: Path, resume_step: int | None):
+def _package(setting: str, name: str, pin: str):
     try:
-        from tensorboardX import SummaryWriter
+        return importlib.import_module(name)
     except ImportError:
-        raise UserError(
-            "log.tensorboard: true, but tensorboardX is not installed; pip install tensorboardX or "
-            "set log.tensorboard=false"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
-
-
-def _visualdl(folder: Path):
-    try:
-        from visualdl import LogWriter
-    except ImportError:
-        raise UserError(
-            "log.visualdl: true, but visualdl is not installed; pip install visualdl==2.5.3 or set log.visualdl=false"
-        ) from None
-    return LogWriter(logdir=str(folder))
+        remedy = f"pip install {pin} or set log.{setting}=false"
+        raise UserError(f"log.{setting}: true, but {name} is not installed; {remedy}") from None

@@ -6,7 +6,7 @@ They go into the event files and, as PNG, into the run directory: ``samples.png`
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,8 +127,8 @@ class Pictures:
         write_png(self.run_dir / "plane.png", picture)
         save_plane(self.run_dir / PLANE_FILE, plane)
         self.log.image("plane", picture, step)
-        self.log.scalars({f"plane/{name}": value for name, value in angles.as_dict().items()}, step)
-        self.log.event(step, "plane", **angles.as_dict())
+        self.log.scalars({f"plane/{name}": value for name, value in asdict(angles).items()}, step)
+        self.log.event(step, "plane", **asdict(angles))
         self.log.info(
             f"step {step}  plane: own class {angles.intra_mean:.2f} degrees (median {angles.intra_median:.2f}), "
             f"nearest other class {angles.inter_nearest:.2f} (least {angles.inter_min:.2f}), "

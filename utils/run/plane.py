@@ -9,7 +9,7 @@ wedges that touch. ``measure_angles`` says the same in numbers, for any D.
 matplotlib is imported when a picture is drawn, never at import, and needs no display.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +51,6 @@ class Angles:
     inter_nearest: float
     inter_min: float
     accuracy: float
-
-    def as_dict(self) -> dict[str, float]:
-        """For JSON and event files."""
-        return asdict(self)
 
 
 def _directions(vector_ND: np.ndarray) -> np.ndarray:
