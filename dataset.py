@@ -306,7 +306,7 @@ class FolderDataset(ListDataset):
         for name in found.names:
             identity, slash, rest = name.partition("/")
             if not slash:
-                found.pass_over("images outside of identity folders", name)
+                found.passed_over.add("images outside of identity folders", name)
                 continue
             if not self.identities or self.identities[-1] != identity:
                 self.identities.append(identity)

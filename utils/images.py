@@ -34,6 +34,20 @@ def is_image_name(name: str | os.PathLike) -> bool:
     return os.path.splitext(os.fspath(name))[1].lower() in _SUFFIXES  # noqa: PTH122 - for speed
 
 
+class PassedOver(dict):
+    """Reason -> (how many names were not taken for it, the first of them)."""
+
+    def add(self, reason: str, name: str) -> None:
+        """Count a name."""
+        count, first = self.get(reason, (0, name))
+        self[reason] = (count + 1, first)
+
+    def describe(self, place: object) -> str | None:
+        """One line about what was passed over at ``place``, or None."""
+        parts = [f"{count} {reason} ({first})" for reason, (count, first) in self.items()]
+        return f"{place}: passed over {', '.join(parts)}" if parts else None
+
+
 @dataclass
 class ImageFiles:
     """What a search found.
@@ -41,29 +55,21 @@ class ImageFiles:
     Attributes:
         root: the folder searched.
         names: paths of the images relative to ``root`` with ``/`` between their parts, in the order of the parts.
-        passed_over: reason -> (how many, the first one), relative to ``root``.
+        passed_over: names that were not taken, relative to ``root``.
         other_photos: the photos among what was passed over as no image (HEIC, raw), relative to ``root``.
     """
 
     root: Path
     names: list[str] = field(default_factory=list)
-    passed_over: dict[str, tuple[int, str]] = field(default_factory=dict)
+    passed_over: PassedOver = field(default_factory=PassedOver)
     other_photos: list[str] = field(default_factory=list)
 
     def paths(self) -> list[Path]:
         return [self.root / name for name in self.names]
 
-    def pass_over(self, reason: str, name: str) -> None:
-        """Count a name that is not taken."""
-        count, first = self.passed_over.get(reason, (0, name))
-        self.passed_over[reason] = (count + 1, first)
-
     def summary(self) -> str | None:
         """One line about what was passed over, or None."""
-        if not self.passed_over:
-            return None
-        parts = [f"{count} {reason} ({first})" for reason, (count, first) in self.passed_over.items()]
-        return f"{self.root}: passed over {', '.join(parts)}"
+        return self.passed_over.describe(self.root)
 
 
 def find_image_files(root: str | os.PathLike) -> ImageFiles:
@@ -86,19 +92,19 @@ def _search(found: ImageFiles, folder: str, above: list[tuple[int, int]]) -> Ite
     for entry in entries:
         name = f"{folder}{entry.name}"
         if is_hidden(entry.name):
-            found.pass_over("hidden", name)
+            found.passed_over.add("hidden", name)
         elif _is_folder(entry):
             identity = _identity(entry.path)
             if identity in above:
-                found.pass_over("links to a folder around them", name)
+                found.passed_over.add("links to a folder around them", name)
             else:
                 yield from _search(found, f"{name}/", [*above, identity])
         elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110 - for speed
-            found.pass_over("broken links", name)
+            found.passed_over.add("broken links", name)
         elif is_image_name(entry.name):
             yield name
         else:
-            found.pass_over("files that are no images", name)
+            found.passed_over.add("files that are no images", name)
             if os.path.splitext(name)[1].lower() in _OTHER_PHOTOS:  # noqa: PTH122 - for speed
                 found.other_photos.append(name)
 

@@ -10,19 +10,19 @@ import itertools
 import json
 import os
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from utils.data.table import load_table, one_at_a_time, save_table, table_place
 from utils.errors import UserError
 from utils.files import describe_bytes
-from utils.images import is_hidden, is_image_name
+from utils.images import PassedOver, is_hidden, is_image_name
 from utils.progress import progress_bar
 from utils.system import num_cores
 
@@ -232,8 +232,8 @@ def _pax(data: bytes) -> dict[bytes, bytes]:
     return fields
 
 
-def index_shard(path: Path) -> tuple[np.ndarray, dict[str, tuple[int, str]]]:
-    """(``ENTRY`` array of the images in their order, reason -> (how many members were passed over, the first)).
+def index_shard(path: Path) -> tuple[np.ndarray, PassedOver]:
+    """(``ENTRY`` array of the images in their order, members that were passed over).
 
     Raises:
         UserError: a damaged or cut shard, two images or no label for a key, a label that is no class number; each names
@@ -241,26 +241,21 @@ def index_shard(path: Path) -> tuple[np.ndarray, dict[str, tuple[int, str]]]:
     """
     images: dict[str, Member] = {}
     labels: dict[str, tuple[int, int]] = {}
-    passed: dict[str, tuple[int, str]] = {}
+    passed = PassedOver()
 
     def fail(member: Member, reason: str) -> UserError:
         return UserError(f"{path}: member {member.name} at offset {member.start}: {reason}")
 
-    def pass_over(reason: str, name: str) -> None:
-        count, first = passed.get(reason, (0, name))
-        passed[reason] = (count + 1, first)
-
-    window = _Window(path)
-    try:
+    with closing(_Window(path)) as window:
         for member in walk_shard(window):
             if member.kind == ord("5"):
                 continue
             key, dot, suffix = member.name.rpartition(".")
             suffix = suffix.lower()
             if _is_hidden_path(member.name):
-                pass_over("hidden", member.name)
+                passed.add("hidden", member.name)
             elif not dot or not (suffix in _RANK or is_image_name(member.name)):
-                pass_over("members that are neither image nor label", member.name)
+                passed.add("members that are neither image nor label", member.name)
             elif member.kind not in _FILE:
                 raise fail(member, "a link or special file; pack the files themselves (tar --dereference)")
             elif suffix in _RANK:
@@ -276,8 +271,6 @@ def index_shard(path: Path) -> tuple[np.ndarray, dict[str, tuple[int, str]]]:
                 raise fail(member, "an image of 0 bytes")
             else:
                 images[key] = member
-    finally:
-        window.close()
     entries = np.empty(len(images), ENTRY)
     used = set()
     for row, (key, member) in enumerate(images.items()):
@@ -290,7 +283,7 @@ def index_shard(path: Path) -> tuple[np.ndarray, dict[str, tuple[int, str]]]:
         lead = (member.offset - member.start) // BLOCK
         entries[row] = (member.offset, labels[owner][1], member.size, lead)
     for key in labels.keys() - used:
-        pass_over("labels without an image", key)
+        passed.add("labels without an image", key)
     return entries, passed
 
 
@@ -332,15 +325,12 @@ def _read_label(data: bytes, suffix: str) -> int | None:
 def describe_member(path: Path, start: int) -> str:
     """``member <name>`` of the member whose first header is at ``start``."""
     try:
-        window = _Window(path)
+        with closing(_Window(path)) as window:
+            return f"member {next(walk_shard(window, start, whole=False)).name}"
     except OSError as error:
         return f"a member ({error.strerror})"
-    try:
-        return f"member {next(walk_shard(window, start, whole=False)).name}"
     except (UserError, StopIteration):
         return "a member whose header is damaged"
-    finally:
-        window.close()
 
 
 @dataclass(frozen=True)
@@ -368,77 +358,66 @@ def open_shards(root: str | os.PathLike) -> ShardIndex:
     paths = find_shards(root)
     folder = paths[0].parent
     place = table_place(folder / INDEX_NAME)
-    now = {}
-    for path in paths:
-        status = path.stat()
-        now[os.path.relpath(path, folder)] = [status.st_size, status.st_mtime_ns]
+    now = {os.path.relpath(path, folder): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+    def changed(known: dict[str, _Known]) -> list[str]:
+        return [name for name, stamp in now.items() if name not in known or known[name].stamp != stamp]
+
     known, table = _load(place)
-    if any(known.get(name, [None])[:2] != found for name, found in now.items()):
+    if changed(known):
         with one_at_a_time(place):
             known, table = _load(place)  # somebody else may have made it meanwhile
-            todo = [name for name, found in now.items() if known.get(name, [None])[:2] != found]
-            if todo:
-                known, table = _make(folder, place, known, table, todo, now)
-    starts = np.cumsum([0, *(known[name][2] for name in now)])
-    parts = [slice(known[name][4], known[name][4] + known[name][2]) for name in now]
-    whole = len(table) == starts[-1]
-    entries = table if whole else np.concatenate([table[part] for part in parts])
-    lines = [_describe_passed(folder / name, known[name][3]) for name in now if known[name][3]]
+            if todo := changed(known):
+                known, table = _make(folder, place, known, todo, now)
+    parts = [known[name].entries for name in now]
+    starts = np.cumsum([0, *map(len, parts)])
+    lines = [known[name].passed.describe(folder / name) for name in now if known[name].passed]
     if len(lines) > 3:
         lines = [*lines[:3], f"{folder}: members of {len(lines) - 3} more shards were passed over in the same way"]
-    return ShardIndex(paths, starts, entries, tuple(lines))
+    return ShardIndex(paths, starts, table if len(table) == starts[-1] else np.concatenate(parts), tuple(lines))
 
 
-def _describe_passed(path: Path, passed: dict) -> str:
-    parts = [f"{count} {reason} ({first})" for reason, (count, first) in passed.items()]
-    return f"{path}: passed over {', '.join(parts)}"
+class _Known(NamedTuple):
+    """An indexed shard: its [size, time], its images (part of the table), what was passed over."""
+
+    stamp: list[int]
+    entries: np.ndarray
+    passed: PassedOver
 
 
-def _load(place: Path) -> tuple[dict[str, list], np.ndarray]:
-    """Shard -> [size, time, images, passed over, first row], and the rows."""
+def _split(rows: list, table: np.ndarray) -> tuple[dict[str, _Known], np.ndarray]:
+    """What is stored (a row a shard: name, size, time, images, passed over; all entries) by shard."""
+    known, stop = {}, 0
+    for name, size, changed, count, passed in rows:
+        start, stop = stop, stop + count
+        known[name] = _Known([size, changed], table[start:stop], PassedOver(passed))
+    return known, table
+
+
+def _load(place: Path) -> tuple[dict[str, _Known], np.ndarray]:
     loaded = load_table(place)
-    if loaded is None or loaded[1].dtype != ENTRY:
-        return {}, np.empty(0, ENTRY)
-    known, first = {}, 0
-    for name, size, changed, count, passed in loaded[0]:
-        known[name] = [size, changed, count, passed, first]
-        first += count
-    return known, loaded[1]
+    return _split([], np.empty(0, ENTRY)) if loaded is None or loaded[1].dtype != ENTRY else _split(*loaded)
 
 
 def _make(
-    folder: Path, place: Path, known: dict[str, list], table: np.ndarray, todo: list[str], now: dict[str, list]
-) -> tuple[dict[str, list], np.ndarray]:
+    folder: Path, place: Path, known: dict[str, _Known], todo: list[str], now: dict[str, list[int]]
+) -> tuple[dict[str, _Known], np.ndarray]:
     """Index the shards ``todo`` in threads (the reads overlap), store the index of these and of the others known."""
-    kept = {name: row for name, row in known.items() if name not in todo and (folder / name).is_file()}
-    made = {}
+    shards = {name: each for name, each in known.items() if name not in todo and (folder / name).is_file()}
     num_bytes = sum(now[name][0] for name in todo)
     with (
         progress_bar("indexing shards, MiB", num_bytes >> 20) as advance,
         ThreadPoolExecutor(min(8, 2 * num_cores())) as pool,
     ):
-        for name, result in zip(todo, pool.map(lambda name: index_shard(folder / name), todo), strict=True):
-            made[name] = result
+        for name, found in zip(todo, pool.map(lambda name: index_shard(folder / name), todo), strict=True):
+            shards[name] = _Known(now[name], *found)
             advance(now[name][0] >> 20)
-    stamp, parts = [], []
-    for name in sorted({*kept, *made}):
-        if name in made:
-            entries, passed = made[name]
-            size, changed = now[name]
-        else:
-            size, changed, count, passed, first = kept[name]
-            entries = table[first : first + count]
-        stamp.append([name, size, changed, len(entries), passed])
-        parts.append(entries)
-    merged = np.concatenate(parts)
+    rows = [[name, *each.stamp, len(each.entries), each.passed] for name, each in sorted(shards.items())]
+    table = np.concatenate([each.entries for _, each in sorted(shards.items())])
     try:
-        save_table(place, stamp, merged)
+        save_table(place, rows, table)
     except OSError:  # no cache folder either: the index is made again next time
-        first, known = 0, {}
-        for name, size, changed, count, passed in stamp:
-            known[name] = [size, changed, count, passed, first]
-            first += count
-        return known, merged
+        return _split(rows, table)
     return _load(place)
 
 
@@ -446,34 +425,16 @@ class ShardFiles:
     """Reads from many shards by several threads with a bounded number of open files."""
 
     def __init__(self, paths: list[Path], max_open: int | None = None) -> None:
-        self.paths, self._max_open = paths, max_open or _open_limit()
-        self._start()
+        self._arguments = paths, max_open
+        # A file that falls out is closed when the last thread that reads from it lets go.
+        self._open = functools.lru_cache(max_open or _open_limit())(lambda which: _Open(paths[which]))
 
-    def _start(self) -> None:
-        self._open: OrderedDict[int, _Open] = OrderedDict()
-        self._lock, self._pid = threading.Lock(), os.getpid()
-
-    def __getstate__(self) -> dict:
-        return {"paths": self.paths, "max_open": self._max_open}
-
-    def __setstate__(self, state: dict) -> None:
-        self.paths, self._max_open = state["paths"], state["max_open"]
-        self._start()
+    def __reduce__(self) -> tuple:
+        return ShardFiles, self._arguments
 
     def read_into(self, which: int, view: memoryview, offset: int) -> int:
         """Fill ``view`` from ``offset`` of a shard on; returns how many bytes there were."""
-        return self._handle(which).read_into(view, offset)
-
-    def _handle(self, which: int) -> "_Open":
-        with self._lock:
-            handle = self._open.get(which)
-            if handle is None:
-                handle = self._open[which] = _Open(self.paths[which])
-                if len(self._open) > self._max_open:
-                    self._open.popitem(last=False)  # closed when the last thread that reads from it lets go
-            else:
-                self._open.move_to_end(which)
-        return handle
+        return self._open(which).read_into(view, offset)
 
 
 class _Open:
