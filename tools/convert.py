@@ -28,6 +28,7 @@ if __package__ in (None, ""):
 import numpy as np
 import paddle
 import yaml
+from safetensors.numpy import save_file
 
 from backbones import build_backbone
 from backbones.guess import guess_network
@@ -42,6 +43,7 @@ from utils.weights.states import (
     is_torch_file,
     is_torch_spelling,
     load_state,
+    read_safetensors,
     read_state,
     save_pdparams,
     torch_spelling,
@@ -86,29 +88,20 @@ def open_source(path: Path) -> Source:
         return Source(path, None, False, None, head)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if path.suffix.lower() == ".onnx":
-        from utils.weights.onnx_walk import read_onnx
-
-        state = read_onnx(path)
-        return Source(path, state, True, guess_network(state, True), None)
     if _is_head(path):
         return Source(path, None, False, None, read_head(path))
     state = read_state(path)
     from_torch = is_torch_spelling(state) or is_torch_file(path)
-    options = model_options(path.parent) or guess_network(state, from_torch)
+    told = None if path.suffix.lower() == ".onnx" else model_options(path.parent)
     head = read_head(path) if SHARDS[0].search(path.name) else None
-    return Source(path, state, from_torch, options, head)
+    return Source(path, state, from_torch, told or guess_network(state, from_torch), head)
 
 
 def _is_head(path: Path) -> bool:
     """True for class centres on their own: told by the name, else by there being one matrix and nothing else."""
     if any(pattern.search(path.name) for pattern in SHARDS[1:]) or path.suffix.lower() == ".npy":
         return True
-    if path.suffix.lower() == ".safetensors":
-        from utils.weights.states import read_safetensors
-
-        return set(read_safetensors(path)) <= {"weight", "momentum"}
-    return False
+    return path.suffix.lower() == ".safetensors" and set(read_safetensors(path)) <= {"weight", "momentum"}
 
 
 def build(options: dict):
@@ -160,36 +153,16 @@ def written_embedding(path: Path, options: dict, image_BCHW: np.ndarray) -> np.n
     return run_layer(layer, image_BCHW)
 
 
-def write_backbone(path: Path, layer) -> None:
-    """Write a backbone in the format its suffix names."""
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write named arrays in the format that the suffix names; ``.npy`` holds ``weight`` alone."""
     if path.suffix in TORCH:
-        save_torch(path, torch_spelling(layer))
-        return
-    state = {name: tensor.numpy() for name, tensor in layer.state_dict().items()}
-    if path.suffix == ".pdparams":
-        save_pdparams(path, state)
-        return
-    from safetensors.numpy import save_file
-
-    save_file(state, str(path), metadata={"spelling": "paddle"})
-
-
-def write_head(path: Path, head: dict[str, np.ndarray]) -> None:
-    """Write class centres [C, D] in the format the suffix names; momentum into a file of its own beside it."""
-    _write_array(path, head["weight"])
-    if "momentum" in head:
-        _write_array(path.with_name(f"{path.stem}_momentum{path.suffix}"), head["momentum"])
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    if path.suffix == ".npy":
-        np.save(path, array)
-    elif path.suffix in TORCH:
-        save_torch(path, {"weight": array})
+        save_torch(path, arrays)
+    elif path.suffix == ".pdparams":
+        save_pdparams(path, arrays)
+    elif path.suffix == ".npy":
+        np.save(path, arrays["weight"])
     else:
-        from safetensors.numpy import save_file
-
-        save_file({"weight": array}, str(path))
+        save_file(arrays, str(path), metadata={"spelling": "paddle"})
 
 
 def convert(source: Source, output: Path, network: str | None, tolerance: float) -> None:
@@ -212,11 +185,13 @@ def convert(source: Source, output: Path, network: str | None, tolerance: float)
     try:
         if source.state is not None:
             name = "backbone.pdparams" if as_folder else output.name
-            _convert_backbone(
-                source, aside / name, chosen_options(source.options, network, source.path), tolerance, as_folder
-            )
+            options = chosen_options(source.options, network, source.path)
+            _convert_backbone(source, aside / name, options, tolerance, as_folder)
         if source.head is not None and (as_folder or source.state is None):
-            write_head(aside / ("head.safetensors" if as_folder else output.name), source.head)
+            name = aside / ("head.safetensors" if as_folder else output.name)
+            write_arrays(name, {"weight": source.head["weight"]})
+            if "momentum" in source.head:  # a file of its own beside it
+                write_arrays(name.with_stem(f"{name.stem}_momentum"), {"weight": source.head["momentum"]})
             print("class centres " + ", ".join(f"{key} {list(value.shape)}" for key, value in source.head.items()))
         elif source.head is not None:
             print(f"class centres {list(source.head['weight'].shape)} stay behind: a folder as output takes them along")
@@ -238,7 +213,8 @@ def _convert_backbone(source: Source, path: Path, options: dict, tolerance: floa
     print(f"{source.path}: {options['network']}, {len(source.state)} tensors, {num_values:,} values, all matched")
     if source.path.suffix.lower() == ".onnx":
         print("folded batch norms have no statistics: the weights are for inference; fine-tuning must warm up anew")
-    write_backbone(path, layer)
+    own = {name: tensor.numpy() for name, tensor in layer.state_dict().items()}
+    write_arrays(path, torch_spelling(layer) if path.suffix in TORCH else own)
     image = fixed_batch(layer)
     expected, how = source_embedding(source, image)
     if expected is None:
@@ -248,11 +224,11 @@ def _convert_backbone(source: Source, path: Path, options: dict, tolerance: floa
     written = written_embedding(path, options, image)
     scale = float(np.abs(expected).max())
     difference = float(np.abs(written - expected).max())
-    print(f"checked on {BATCH} fixed images against {how}: largest difference {difference:.2e} of values up to "
-          f"{scale:.3g} (tolerance {tolerance:g} of max(1, that))")  # fmt: skip
+    found = f"largest difference {difference:.2e} of values up to {scale:.3g} (tolerance {tolerance:g} of max(1, that))"
+    print(f"checked on {BATCH} fixed images against {how}: {found}")
     if not difference <= tolerance * max(1.0, scale):
-        raise UserError(f"{source.path}: the converted weights differ by {difference:.3g} in embeddings up to "
-                        f"{scale:.3g}; nothing was written")  # fmt: skip
+        told = f"the converted weights differ by {difference:.3g} in embeddings up to {scale:.3g}"
+        raise UserError(f"{source.path}: {told}; nothing was written")
     if with_config:
         section = {**options, "embedding_size": layer.embedding_size, "input_size": layer.input_size}
         write_text(path.with_name("config.yaml"), yaml.safe_dump({"model": section}, sort_keys=False))

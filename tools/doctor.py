@@ -63,9 +63,8 @@ def judge(name: str, value: str, problem: str = "", status: str = "warn") -> Fin
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
     """3.10 to 3.12 are what the dependencies have wheels for."""
-    problem = (
-        "" if (3, 10) <= tuple(version[:2]) <= (3, 12) else "use Python 3.10 to 3.12; Paddle has no wheels for this one"
-    )
+    supported = (3, 10) <= tuple(version[:2]) <= (3, 12)
+    problem = "" if supported else "use Python 3.10 to 3.12; Paddle has no wheels for this one"
     where = f"{'.'.join(map(str, version))} ({platform.machine()}, {platform.system()}) {sys.executable}"
     return judge("python", where, problem, "fail")
 
@@ -75,13 +74,11 @@ def check_packages(missing: Callable[[str], bool] = lambda name: importlib.util.
     lacking = [name for name in REQUIRED if missing(name)]
     optional = [f"{name} ({use})" for name, use in OPTIONAL.items() if missing(name)]
     if lacking:
-        return Finding(
-            "packages", f"missing: {', '.join(lacking)}", "fail", "run: make setup (or pip install -e '.[cpu]')"
-        )
+        advice = "run: make setup (or pip install -e '.[cpu]')"
+        return Finding("packages", f"missing: {', '.join(lacking)}", "fail", advice)
     value = f"without {', '.join(optional)}" if optional else "all there"
-    return judge(
-        "packages", value, "decoding is faster with it: pip install simplejpeg" if missing("simplejpeg") else ""
-    )
+    advice = "decoding is faster with it: pip install simplejpeg" if missing("simplejpeg") else ""
+    return judge("packages", value, advice)
 
 
 def check_paddle() -> Finding:
@@ -89,9 +86,8 @@ def check_paddle() -> Finding:
     try:
         import paddle
     except Exception as error:
-        return Finding(
-            "paddle", f"import failed: {error}", "fail", "pip install -e '.[cpu]' or '.[gpu]'; see docs/install.md"
-        )
+        advice = "pip install -e '.[cpu]' or '.[gpu]'; see docs/install.md"
+        return Finding("paddle", f"import failed: {error}", "fail", advice)
     built = "CUDA " + str(paddle.version.cuda()) if paddle.device.is_compiled_with_cuda() else "CPU"
     version = tuple(int(part) for part in paddle.__version__.split(".")[:2] if part.isdigit())
     problem = "" if OLDEST_PADDLE <= version <= NEWEST_PADDLE else "tested with 2.6.2 to 3.3.1; pin one of these"
@@ -145,11 +141,9 @@ def failing_operation(place: str, timeout: float = 120.0) -> str | None:
         "y = paddle.matmul(x, x) + paddle.nn.functional.conv2d(x, paddle.ones([8, 8, 3, 3]), padding=1); "
         "assert float(y[0, 0, 4, 4]) == 80.0, float(y[0, 0, 4, 4])"
     )
+    command = [sys.executable, "-W", "ignore", "-c", code, place]
     try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, place],
-            timeout=timeout, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, check=False)
     except subprocess.TimeoutExpired:
         return f"no answer in {timeout:.0f} s"
     if done.returncode == 0:
@@ -179,10 +173,8 @@ def check_threads(cpus: int | None = None, omp: str | None = None) -> Finding:
     if omp and int(omp) > cpus:
         return Finding("threads", value, "warn", f"more threads than cores; set OMP_NUM_THREADS to at most {cpus}")
     if cpus > 1 and (not omp or int(omp) == 1):
-        advice = (
-            f"on CPU start {cpus} ranks of one thread (--nproc_per_node {cpus}), or set OMP_NUM_THREADS={cpus} for one"
-        )
-        return Finding("threads", value, "ok", advice)
+        ranks = f"{cpus} ranks of one thread (--nproc_per_node {cpus})"
+        return Finding("threads", value, "ok", f"on CPU start {ranks}, or set OMP_NUM_THREADS={cpus} for one")
     return Finding("threads", value)
 
 
@@ -207,9 +199,8 @@ def check_shm(path: str = "/dev/shm", needed: int = SHM_BYTES) -> Finding:
 def check_disk(folder: Path, megabytes: int = 256) -> Finding:
     """Sequential write and uncached read of a file in ``folder``, which must be there; free space."""
     if not folder.is_dir():
-        return Finding(
-            "disk", f"{folder}: no such folder", "fail", "give --data the folder that holds the training set"
-        )
+        advice = "give --data the folder that holds the training set"
+        return Finding("disk", f"{folder}: no such folder", "fail", advice)
     block = os.urandom(MIB)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
         start = time.perf_counter()
@@ -229,11 +220,8 @@ def check_disk(folder: Path, megabytes: int = 256) -> Finding:
     value = f"{read:,.0f} MiB/s read, {write:,.0f} MiB/s write, {free / GIB:.0f} GiB free in {folder}"
     if free < 10 * GIB:
         return Finding("disk", value, "warn", "less than 10 GiB free: checkpoints of a large head may not fit")
-    return judge(
-        "disk",
-        value,
-        "" if read >= DISK_MIB_S else "slow for several GPUs: put train.rec on a local SSD or in /dev/shm",
-    )
+    slow = "slow for several GPUs: put train.rec on a local SSD or in /dev/shm"
+    return judge("disk", value, "" if read >= DISK_MIB_S else slow)
 
 
 def check_decode(seconds: float = 1.0) -> Finding:
@@ -241,24 +229,16 @@ def check_decode(seconds: float = 1.0) -> Finding:
     import cv2
     import numpy as np
 
-    try:
-        import simplejpeg
-    except ImportError:
-        simplejpeg = None
+    from utils import decode
+
     smooth_HWC = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8), (0, 0), 1.0)
     data = cv2.imencode(".jpg", smooth_HWC, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-    as_array = np.frombuffer(data, np.uint8)
-    decode = (
-        (lambda: cv2.imdecode(as_array, cv2.IMREAD_COLOR))
-        if simplejpeg is None
-        else (lambda: simplejpeg.decode_jpeg(data))
-    )
-    decode()
 
     def work(_: int) -> int:
+        image_HWC = np.empty_like(smooth_HWC)
         done, stop = 0, time.perf_counter() + seconds
         while time.perf_counter() < stop:
-            decode()
+            decode.decode_image(data, image_HWC)
             done += 1
         return done
 
@@ -266,7 +246,7 @@ def check_decode(seconds: float = 1.0) -> Finding:
     start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         rate = sum(pool.map(work, range(threads))) / (time.perf_counter() - start)
-    decoder = "cv2" if simplejpeg is None else "simplejpeg"
+    decoder = "cv2" if decode.simplejpeg is None else "simplejpeg"
     value = f"{rate:,.0f} images/s with {threads} threads ({decoder}, {len(data) / 1024:.1f} KiB each)"
     return judge("decode", value, "" if rate / threads >= DECODE_IMAGES_S else "slow: are other programs running?")
 
@@ -291,9 +271,8 @@ def check_ranks(timeout: float = 120.0) -> Finding:
     spent = time.perf_counter() - start
     if done.returncode or logs.count(f"sum={num_ranks * (num_ranks + 1) // 2} ") != num_ranks:
         last = (logs or done.stderr).strip().splitlines()[-1:] or ["no output"]
-        return Finding(
-            backend, f"{num_ranks} ranks failed: {last[0][:120]}", "fail", "run again with NCCL_DEBUG=INFO or GLOG_v=3"
-        )
+        advice = "run again with NCCL_DEBUG=INFO or GLOG_v=3"
+        return Finding(backend, f"{num_ranks} ranks failed: {last[0][:120]}", "fail", advice)
     milliseconds = float(logs.split("all_reduce_ms=")[1].split()[0])
     return Finding(backend, f"{num_ranks} ranks up in {spent:.0f} s, 25 MB all-reduce in {milliseconds:.0f} ms")
 
@@ -346,9 +325,8 @@ def check_training(seconds: float) -> Finding:
     value = f"iresnet18, batch {batch}: {rate:,.1f} images/s, loss {losses[0]:.2f} -> {losses[-1]:.2f}"
     if not all(abs(loss) < float("inf") for loss in losses):
         return Finding("training", value, "fail", "the loss is not finite: memory, driver or a broken Paddle build")
-    return judge(
-        "training", value, "" if losses[-1] < losses[0] else "the loss of one repeated batch did not fall; report this"
-    )
+    rose = "the loss of one repeated batch did not fall; report this"
+    return judge("training", value, "" if losses[-1] < losses[0] else rose)
 
 
 def run_check(name: str, check: Callable[[], Finding]) -> Finding:
@@ -357,9 +335,8 @@ def run_check(name: str, check: Callable[[], Finding]) -> Finding:
         return check()
     except Exception as error:  # a doctor reports what it finds, whatever it is
         text = " ".join(str(error).split())[:160]
-        return Finding(
-            name, f"{type(error).__name__}: {text}", "fail", "this check could not run; mend the lines above first"
-        )
+        advice = "this check could not run; mend the lines above first"
+        return Finding(name, f"{type(error).__name__}: {text}", "fail", advice)
 
 
 def print_finding(finding: Finding) -> None:
@@ -369,17 +346,6 @@ def print_finding(finding: Finding) -> None:
         print(f"{'':16}-> {finding.advice}", flush=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = CommandLine(__doc__)
-    parser.add_argument("--data", type=Path, default=Path(), help="folder whose disk is measured (default: this one)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of the training step; 0 skips it")
-    parser.add_argument("--no-ranks", action="store_true", help="do not launch two ranks")
-    parser.add_argument("--disk-mb", type=int, default=256, help="size of the file that measures the disk")
-    parser.add_argument("--json", type=Path, help="write the findings there as well")
-    return parser
-
-
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Run the checks in order; see the module's docstring."""
@@ -387,7 +353,13 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] == [RANK_PROGRAM]:
         rank_program(argv[1])
         return
-    args = build_parser().parse_args(argv)
+    parser = CommandLine(__doc__)
+    parser.add_argument("--data", type=Path, default=Path(), help="folder whose disk is measured (default: this one)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the training step; 0 skips it")
+    parser.add_argument("--no-ranks", action="store_true", help="do not launch two ranks")
+    parser.add_argument("--disk-mb", type=int, default=256, help="size of the file that measures the disk")
+    parser.add_argument("--json", type=Path, help="write the findings there as well")
+    args = parser.parse_args(argv)
     if args.seconds < 0 or args.disk_mb < 1:
         raise UserError(f"--seconds {args.seconds:g} --disk-mb {args.disk_mb}: give 0 or more seconds, 1 or more MB")
     checks = {

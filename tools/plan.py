@@ -82,7 +82,7 @@ class BackboneFacts:
 def main(argv: list[str] | None = None) -> None:
     parser = CommandLine(__doc__.splitlines()[0])
     parser.add_argument("--classes", type=int, required=True)
-    parser.add_argument("--gpus", type=int, default=1, help="ranks, one per device")
+    parser.add_argument("--gpus", dest="ranks", type=int, default=1, help="ranks, one per device")
     parser.add_argument("--batch", type=int, default=128, help="samples a rank and micro-batch")
     parser.add_argument("--sample-rate", type=float, default=1.0)
     parser.add_argument("--backbone", default="iresnet50")
@@ -102,11 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    setup = Setup(
-        args.classes, args.gpus, args.batch, args.sample_rate, args.backbone, embedding_size=args.embedding_size,
-        accumulate=args.accumulate, optimizer=args.optimizer, device=args.device, precision=args.precision,
-        recompute=args.recompute,
-    )  # fmt: skip
+    setup = Setup(**{name: value for name, value in vars(args).items() if name not in ("memory", "json")})
     facts = measure_backbone(setup.backbone, setup.embedding_size, setup.device, recompute=setup.recompute)
     memory, moved = predict_memory(setup, facts), predict_traffic(setup, facts)
     available = args.memory * GIB if args.memory else available_memory(setup.device, setup.ranks)

@@ -15,7 +15,9 @@ A data set is a folder with train.rec (see --prefix) or a .rec file. Outputs app
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -316,6 +318,9 @@ def _copy(args: argparse.Namespace, parts: list[Part], num_classes: int | None, 
 
 
 def build_parser() -> argparse.ArgumentParser:
+    positive = _whole(1, math.inf, "a whole number from 1 on")
+    side = _whole(0, 65500, "a side in pixels (0 keeps every size)")
+    quality = _whole(1, 100, "a JPEG quality from 1 to 100")
     parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -324,7 +329,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, epilog=f"example: python tools/rec.py {example}")
         sub.set_defaults(run=function)
         sub.add_argument("--prefix", default="train", help="name of the files without suffix (default: train)")
-        sub.add_argument("--workers", type=_positive, default=2, help="threads (default: 2)")
+        sub.add_argument("--workers", type=positive, default=2, help="threads (default: 2)")
         return sub
 
     sub = command("pack", run_pack, "pack faces/ out/ --resize crop")
@@ -332,12 +337,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("source", help=what)
     sub.add_argument("output", help="folder for <prefix>.rec, <prefix>.idx and property")
     sub.add_argument("--root", help="where the paths of a list start (default: the list's folder)")
-    sub.add_argument("--image-size", type=_size, default=112, help="side in pixels; 0 keeps every size (default: 112)")
+    sub.add_argument("--image-size", type=side, default=112, help="side in pixels; 0 keeps every size (default: 112)")
     sub.add_argument("--resize", choices=("no", "stretch", "crop"), default="no", help="what to do with other sizes")
-    sub.add_argument("--quality", type=_quality, default=95, help="JPEG quality of resized images (default: 95)")
-    sub.add_argument(
-        "--relabel", action="store_true", help="number the labels that occur 0, 1, ... (kept: labels.json)"
-    )
+    sub.add_argument("--quality", type=quality, default=95, help="JPEG quality of resized images (default: 95)")
+    told = "number the labels that occur 0, 1, ... (kept: labels.json)"
+    sub.add_argument("--relabel", action="store_true", help=told)
     sub.add_argument("--image-column", help="Parquet: the column of the images")
     sub.add_argument("--label-column", help="Parquet: the column of the labels, numbers or names")
 
@@ -352,7 +356,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("verify", run_verify, "verify data/ms1m --workers 8")
     sub.add_argument("source")
-    sub.add_argument("--image-size", type=_positive, help="side every image must have (default: from property)")
+    sub.add_argument("--image-size", type=positive, help="side every image must have (default: from property)")
 
     sub = command("shuffle", run_shuffle, "shuffle data/ms1m out/ --seed 1")
     sub.add_argument("source")
@@ -369,29 +373,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("output")
     sub.add_argument("--classes", help="labels to keep, like 0-999,1500")
     sub.add_argument("--keys", help="file of record keys to keep")
-    sub.add_argument("--max-per-class", type=_positive, help="at most so many images of one class")
-    sub.add_argument("--num-images", type=_positive, help="a random part of so many images")
+    sub.add_argument("--max-per-class", type=positive, help="at most so many images of one class")
+    sub.add_argument("--num-images", type=positive, help="a random part of so many images")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--relabel", action="store_true", help="number the remaining classes 0, 1, ...")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
+def _whole(lowest: int, highest: float, what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return int(text)
 
-
-def _size(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65500:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a side in pixels (0 keeps every size)")
-    return int(text)
-
-
-def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JPEG quality from 1 to 100")
-    return int(text)
+    return parse
 
 
 @one_line_errors
