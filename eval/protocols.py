@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.decode import DecodeError, decode_image, fit_image
+from utils.decode import read_image
 from utils.errors import UserError
 from utils.images import find_image, is_image_name
 from utils.text import decode_text, read_text_lines
@@ -234,17 +234,6 @@ def read_pair_list(path: Path, image_dir: Path, size: int) -> tuple[np.ndarray, 
         raise UserError(f"{path} {error}") from error
     images = [read_image(file, size) for *files, _ in pairs for file in files]
     return np.stack(images), np.array([same for _, _, same in pairs])
-
-
-def read_image(path: Path, size: int | None = None) -> np.ndarray:
-    """RGB uint8 [H, W, 3], resized to a square where a size is given."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; an image is needed")
-    try:
-        image = decode_image(Path(path).read_bytes())
-    except DecodeError as error:
-        raise UserError(f"{path}: cannot be decoded: {error}") from error
-    return image if size is None else fit_image(image, (size, size), "stretch")
 
 
 def _read_bytes(path: Path) -> bytes:

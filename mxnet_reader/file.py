@@ -59,7 +59,6 @@ class RecordFile:
         self._handle = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as this object
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._fd = self._handle.fileno()
-        self._read_at = self._pread if self._use_pread else self._locked_read
         self._use_preadv = self._use_pread and hasattr(os, "preadv")
         self.size = os.fstat(self._fd).st_size
 
@@ -92,29 +91,22 @@ class RecordFile:
         self.size = os.fstat(self._fd).st_size
         return self.size
 
-    def _pread(self, num_bytes: int, offset: int) -> bytes:
+    def _read_at(self, num_bytes: int, offset: int) -> bytes:
         if self._handle.closed:
             raise ValueError(f"{self.path}: read after close")
-        block = os.pread(self._fd, num_bytes, offset)
-        while len(block) < num_bytes:  # a signal or the kernel's 2 GiB limit can shorten a read
-            more = os.pread(self._fd, num_bytes - len(block), offset + len(block))
-            if not more:
-                break
+        read = os.pread if self._use_pread else self._locked_read
+        block = read(self._fd, num_bytes, offset)
+        # A signal or the kernel's 2 GiB limit can shorten a read.
+        while len(block) < num_bytes and (more := read(self._fd, num_bytes - len(block), offset + len(block))):
             block += more
         return block
 
-    def _locked_read(self, num_bytes: int, offset: int) -> bytes:
+    def _locked_read(self, _: int, num_bytes: int, offset: int) -> bytes:
         if self._pid != os.getpid():  # the parent's lock may be held for ever, and its file position is shared
             self._open()
         with self._lock:
             self._handle.seek(offset)
-            block = self._handle.read(num_bytes) or b""
-            while len(block) < num_bytes:
-                more = self._handle.read(num_bytes - len(block))
-                if not more:
-                    break
-                block += more
-        return block
+            return self._handle.read(num_bytes) or b""
 
     def read_bytes(self, num_bytes: int, offset: int) -> bytes:
         """At most ``num_bytes`` bytes from ``offset``; fewer only at the end of the file."""

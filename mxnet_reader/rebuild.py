@@ -9,6 +9,7 @@ import stat
 import sys
 import time
 import warnings
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,23 +22,23 @@ from mxnet_reader.index import RecordIndex, read_index, write_index
 from mxnet_reader.insightface import is_identity
 
 NUM_PROBES = 64  # places at which an index that stops early is tested for being a prefix, not a subset
-FLUSH = 1 << 16
+REPORT_EVERY = 1 << 16  # records
 
 
-def open_index(file: RecordFile, idx_path: str | os.PathLike | None, write: bool = True) -> RecordIndex:
+def open_index(file: RecordFile, idx_path: str | os.PathLike | None) -> RecordIndex:
     """The index of ``file``: read, completed, or rebuilt.
 
     Args:
         file: the open record file.
-        idx_path: the ``.idx`` file; None or a missing one means a scan of the whole record file.
-        write: store a rebuilt index at ``idx_path`` (never beside data that is read-only).
+        idx_path: the ``.idx`` file; None or a missing one means a scan of the whole record file, whose result is
+            stored there (never beside data that is read-only).
 
     Raises:
         RecordError: the index or the record file is malformed.
     """
     if idx_path is None or not Path(idx_path).exists():
         index = rebuild_index(file, path=idx_path)
-        if write and idx_path is not None and _may_write(file.path, idx_path):
+        if idx_path is not None and _may_write(file.path, idx_path):
             write_index(idx_path, index.keys_N, index.offsets_N)
         return index
     index, whole = read_index(idx_path)
@@ -53,7 +54,6 @@ def rebuild_index(
     file: RecordFile,
     start: int = 0,
     path: str | os.PathLike | None = None,
-    progress: Callable[[int, int], None] | None = None,
     first_ordinal: int = 0,
     by_id: bool | None = None,
 ) -> RecordIndex:
@@ -63,15 +63,14 @@ def rebuild_index(
         file: the open record file.
         start: offset of the first record to take.
         path: name of the index, for messages.
-        progress: called with (bytes done, bytes in all); None prints a line to stderr once a second.
         first_ordinal: ordinal of the record at ``start``.
         by_id: True takes the header ids as keys, False ordinals, None decides by the InsightFace header record.
 
     Raises:
         RecordError: a damaged record, or two records with one id where ids are keys.
     """
-    report = progress or _stderr_progress(f"rebuilding the index of {Path(file.path).name}")
-    offset_parts, id_parts, offsets, ids = [], [], [], []
+    report = _stderr_progress(f"rebuilding the index of {Path(file.path).name}")
+    offsets, ids = array("q"), array("q")
     has_header, all_have_ids = False, True
     for record in file.scan(start):
         offsets.append(record.offset)
@@ -82,13 +81,9 @@ def rebuild_index(
         else:
             all_have_ids = False
             ids.append(-1)
-        if len(offsets) >= FLUSH:
-            offset_parts.append(np.array(offsets, np.int64))
-            id_parts.append(np.array(ids, np.int64))
-            offsets, ids = [], []
+        if len(offsets) % REPORT_EVERY == 0:
             report(record.end - start, file.size - start)
-    offsets_N = np.concatenate([*offset_parts, np.array(offsets, np.int64)])
-    ids_N = np.concatenate([*id_parts, np.array(ids, np.int64)])
+    offsets_N, ids_N = np.array(offsets, np.int64), np.array(ids, np.int64)
     report(file.size - start, file.size - start)
     if by_id if by_id is not None else has_header and all_have_ids:
         unique, first, counts = np.unique(ids_N, return_index=True, return_counts=True)
@@ -103,7 +98,7 @@ def rebuild_index(
 def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
     """Add the records behind the last indexed one, if the index is the beginning of a longer one."""
     keys_N, offsets_N = index.keys_N, index.offsets_N
-    if not whole and not _reads(file, int(offsets_N[-1])):  # the last offset lost its last digits
+    if not whole and _payload(file, int(offsets_N[-1])) is None:  # the last offset lost its last digits
         keys_N, offsets_N = keys_N[:-1], offsets_N[:-1]
         index, whole = RecordIndex(keys_N, offsets_N, index.path), False
         if len(keys_N) == 0:
@@ -119,7 +114,9 @@ def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
         f"{index.path} stops at byte {end} of {file.size} of {file.path}: the records behind it are added by a scan"
     )
     warnings.warn(message, stacklevel=4)
-    by_id = any(_is_header(file, offset) for offset in offsets_N[keys_N == 0].tolist())
+    by_id = any(
+        is_identity(_payload(file, offset, trust_end=True) or b"") for offset in offsets_N[keys_N == 0].tolist()
+    )
     try:
         rest = rebuild_index(file, end, index.path, first_ordinal=len(keys_N), by_id=by_id or None)
     except RecordError as error:
@@ -129,20 +126,12 @@ def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
     return RecordIndex(keys, np.concatenate([offsets_N, rest.offsets_N]), index.path)
 
 
-def _is_header(file: RecordFile, offset: int) -> bool:
+def _payload(file: RecordFile, offset: int, trust_end: bool = False) -> bytes | None:
+    """What the record at an offset holds, None where there is no whole one."""
     try:
-        payload, _ = file.read_record(offset, 0, trust_end=True)
+        return file.read_record(offset, trust_end=trust_end)[0]
     except RecordError:
-        return False
-    return is_identity(payload)
-
-
-def _reads(file: RecordFile, offset: int) -> bool:
-    try:
-        file.read_record(offset)
-    except RecordError:
-        return False
-    return True
+        return None
 
 
 def _is_prefix(file: RecordFile, offsets_N: np.ndarray) -> bool:

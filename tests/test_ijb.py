@@ -391,7 +391,7 @@ def test_missing_and_broken_images_and_embeddings_are_one_line(mini, embedder, c
         return line
 
     crop.write_bytes(data[:100])
-    assert "3.png: cannot be decoded" in fails()
+    assert "3.png: not an image that can be decoded" in fails()
     crop.unlink()
     assert "3.png: no such file" in fails()
     crop.write_bytes(data)

@@ -4,11 +4,14 @@ simplejpeg where it is installed (it releases the GIL and refuses damaged data),
 Orientation tags are ignored: mxnet ignores them, and aligned faces are upright. Images are uint8 [H, W, 3], RGB.
 """
 
+import os
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 
+from utils.errors import UserError
 from utils.files import describe_bytes
 
 try:
@@ -18,8 +21,6 @@ except ImportError:  # pragma: no cover - tested by setting the name to None
 
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n"
-
-
 PIXEL_SCALE, PIXEL_SHIFT = 2 / 255, -1.0  # grey levels 0..255 to what networks take, -1..1
 
 
@@ -73,6 +74,23 @@ def decode_image(encoded: bytes | memoryview, out: np.ndarray | None = None) -> 
     if out is not None and out.shape == image.shape:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of an image file, pixels as stored; stretched to a square where a size is given.
+
+    Photos of people may lie on their side: ``utils.photos.photo.read_photo``.
+
+    Raises:
+        UserError: no such file, or not a whole image.
+    """
+    try:
+        image = decode_image(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; an image is needed") from None
+    except DecodeError as error:
+        raise UserError(f"{path}: not an image that can be decoded ({error})") from error
+    return image if size is None else fit_image(image, (size, size), "stretch")
 
 
 def _decode_jpeg(encoded: bytes | memoryview) -> np.ndarray | None:

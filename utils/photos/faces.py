@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.decode import DecodeError, decode_image
+from utils.decode import read_image
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, find_image_files
 from utils.photos.align import align_face, lies_outside
@@ -31,18 +31,6 @@ class Face:
     path: Path
     landmark_52: np.ndarray | None = None
     score: float = 1.0
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """uint8 RGB [H, W, 3] of a crop, pixels as stored (``read_photo`` is for photos, which may lie on their side).
-
-    Raises:
-        UserError: not a whole image.
-    """
-    try:
-        return decode_image(Path(path).read_bytes())
-    except DecodeError as error:
-        raise UserError(f"{path}: not an image that can be decoded ({error})") from error
 
 
 def find_images(source: Path) -> list[Path]:
