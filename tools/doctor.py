@@ -12,7 +12,6 @@ where something is off. Exit status 1 if anything failed. Every check stands by 
 import is its finding, not the end of the others.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
