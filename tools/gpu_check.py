@@ -13,6 +13,7 @@ one profile. Every result is written as it comes; what takes too long or breaks 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import platform
@@ -157,11 +158,9 @@ class Checker:
         self.report[part][name] = found
         write_json(self.output, self.report)
         status = {True: "ok  ", False: "FAIL", None: "    "}[found.get("passed")]
-        shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in found.items()}
-        print(
-            f"{status} {name}: {', '.join(f'{key} {value}' for key, value in shown.items() if key != 'passed')}",
-            flush=True,
-        )
+        figures = [(key, value) for key, value in found.items() if key != "passed"]
+        told = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures]
+        print(f"{status} {name}: {', '.join(told)}", flush=True)
         return found
 
     # ------------------------------------------------------------------ is it right
@@ -176,9 +175,8 @@ class Checker:
         self.start = {}
         rng = np.random.default_rng(SEED)
         for network, options in layers.items():
-            state = {
-                name: np.array(value.numpy()) for name, value in build_backbone(network, **options).state_dict().items()
-            }
+            layer = build_backbone(network, **options)
+            state = {name: np.array(value.numpy()) for name, value in layer.state_dict().items()}
             for name, value in sorted(state.items()):
                 if value.ndim > 1:
                     fan_in = max(1, math.prod(value.shape[1:]))
@@ -237,48 +235,38 @@ class Checker:
         ours = self.run_case(name, case, self.device)
         if not case.reference:
             return {"passed": True}
-        on_cpu = case.reference not in cases
-        reference = self.run_case(
-            case.reference, case if on_cpu else cases[case.reference], "cpu" if on_cpu else self.device
-        )
+        device = self.device if case.reference in cases else "cpu"
+        reference = self.run_case(case.reference, cases.get(case.reference, case), device)
         found = self.compare(ours, reference, case.settings.get("model.network", "iresnet18"))
         worst = max(value for key, value in found.items() if key != "loss")
-        return {
-            "passed": found["loss"] <= case.bounds[0] and worst <= case.bounds[1],
-            "against": case.reference,
-            **found,
-        }
+        passed = found["loss"] <= case.bounds[0] and worst <= case.bounds[1]
+        return {"passed": passed, "against": case.reference, **found}
 
     def compare(self, ours: Path, theirs: Path, network: str) -> dict[str, float]:
         """Relative differences: of the losses, and of what training changed (in the 2-norm, over what it changed)."""
-        mine, other = read_run(ours), read_run(theirs)
-        start = {"rows": self.rows_CD, **{f"backbone/{key}": value for key, value in self.start[network].items()}}
+        mine, other, start = read_run(ours), read_run(theirs), self.start_of(network)
         losses = np.array([mine["losses"], other["losses"]])
         found = {"loss": float(np.max(np.abs(losses[0] - losses[1]) / np.abs(losses[1])))}
         for kind in ("rows", "row momentum", "backbone", "backbone momentum", "statistics"):
-            pairs = [
-                (mine["arrays"][key] - other["arrays"][key], other["arrays"][key] - start.get(key, 0.0))
-                for key in other["arrays"] if kind_of(key) == kind
-            ]  # fmt: skip
-            change = math.sqrt(sum(float(np.square(each, dtype=np.float64).sum()) for _, each in pairs))
-            difference = math.sqrt(sum(float(np.square(each, dtype=np.float64).sum()) for each, _ in pairs))
+            keys = [key for key in other["arrays"] if kind_of(key) == kind]
+            change = norm_of([other["arrays"][key] - start.get(key, 0.0) for key in keys])
+            difference = norm_of([mine["arrays"][key] - other["arrays"][key] for key in keys])
             if change > 0 or difference > 0:
                 found[kind] = difference / max(change, 1e-30)
         return found
+
+    def start_of(self, network: str) -> dict[str, np.ndarray]:
+        """What every run of this network started from, named as in ``read_run``."""
+        return {"rows": self.rows_CD, **{f"backbone/{key}": value for key, value in self.start[network].items()}}
 
     def overflow(self) -> dict:
         """A loss scale that no float16 gradient survives: the update is skipped, and nothing changes."""
         case = Case({"run.precision": "fp16", "run.loss_scale": 1e30})
         settings = {**self.settings("overflow", case, self.device, 1), "log.angles": False}
         run = self.train("overflow", settings)
-        meta, arrays = read_meta(list_checkpoints(run)[0]), read_run(run)["arrays"]
-        start = {"rows": self.rows_CD, **{f"backbone/{key}": value for key, value in self.start["iresnet18"].items()}}
-        unchanged = all(np.array_equal(arrays[key], value) for key, value in start.items())
-        return {
-            "passed": meta["scaler"]["skips"] == 1 and unchanged,
-            "skips": meta["scaler"]["skips"],
-            "unchanged": unchanged,
-        }
+        skips, arrays = read_meta(list_checkpoints(run)[0])["scaler"]["skips"], read_run(run)["arrays"]
+        unchanged = all(np.array_equal(arrays[key], value) for key, value in self.start_of("iresnet18").items())
+        return {"passed": skips == 1 and unchanged, "skips": skips, "unchanged": unchanged}
 
     def resume(self) -> dict:
         """Four updates at once, and two and two: the same bits."""
@@ -319,12 +307,9 @@ class Checker:
         name = f"speed {network} {precision} {ranks}"
         chosen = self.speed_settings(name, network, settings, precision, ranks)
         run = self.train(name, chosen, ranks)
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        last = [row for row in rows if row["kind"] == "train"][-1]
-        return {
-            "passed": True, "images_s": last["images_s"], "waiting for data": last["data_wait"],
-            "peak_mb": last["memory_mb"], "planned_mb": self.planned(network, chosen, ranks),
-        }  # fmt: skip
+        last, planned = logged_updates(run)[-1], self.planned(network, chosen, ranks)
+        found = {"passed": True, "images_s": last["images_s"], "waiting for data": last["data_wait"]}
+        return {**found, "peak_mb": last["memory_mb"], "planned_mb": planned}
 
     def profile(self, network: str, settings: dict, precision: str) -> dict:
         """The same run inside Paddle's profiler."""
@@ -354,10 +339,8 @@ def run_child(command: list[str], folder: Path, device: str, ranks: int, timeout
     words = [sys.executable, *command]
     if ranks > 1:
         words = launch_command(ranks, command[0], command[1:], folder / "log")
-    environment = rank_environment(device)
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    options = {"cwd": ROOT, "env": rank_environment(device), "timeout": timeout}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
     if done.returncode != 0:
         text = (done.stdout + done.stderr).strip() or f"status {done.returncode}, no output"
         raise UserError(f"{' '.join(command[:2])} ended with status {done.returncode}: {text[-600:]}")
@@ -378,8 +361,18 @@ def read_run(run: Path) -> dict:
     arrays |= load_file(folder / "optimizer.safetensors")
     arrays["rows"] = np.concatenate([shard["rows/weight"] for shard in shards])
     arrays["row momentum"] = np.concatenate([shard["rows/momentum"] for shard in shards])
+    return {"losses": [row["loss"] for row in logged_updates(run)], "arrays": arrays}
+
+
+def logged_updates(run: Path) -> list[dict]:
+    """The lines of a run's updates."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {"losses": [row["loss"] for row in rows if row["kind"] == "train"], "arrays": arrays}
+    return [row for row in rows if row["kind"] == "train"]
+
+
+def norm_of(arrays: list[np.ndarray]) -> float:
+    """2-norm of all values."""
+    return math.sqrt(sum(float(np.square(each, dtype=np.float64).sum()) for each in arrays))
 
 
 def time_head(device: str, out: Path, classes: int, dtype: str, samples: int, updates: int = 10) -> None:
@@ -414,14 +407,9 @@ def profile_training(device: str, out: Path, config: str) -> None:
     sys.argv = ["train.py", config]
     with profiler.Profiler(targets=targets, on_trace_ready=lambda _: None) as measured:
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    with out.open("w") as file:
-        stdout, sys.stdout = sys.stdout, file
-        try:
-            measured.summary(
-                sorted_by=profiler.SortedKeys.GPUTotal if device == "gpu" else profiler.SortedKeys.CPUTotal
-            )
-        finally:
-            sys.stdout = stdout
+    order = profiler.SortedKeys.GPUTotal if device == "gpu" else profiler.SortedKeys.CPUTotal
+    with out.open("w") as file, contextlib.redirect_stdout(file):
+        measured.summary(sorted_by=order)
 
 
 def print_published(checker: Checker) -> None:

@@ -25,8 +25,8 @@ def open_source(path: str | Path, prefix: str = "train") -> Source:
     """
     path, kind = Path(path), recognise(path, prefix)
     if kind is None:
-        raise UserError(f"{path}: no such data set; a folder with {prefix}.rec, a folder of identities, tar shards or "
-                        "a list of 'path label' lines was expected")  # fmt: skip
+        known = f"a folder with {prefix}.rec, a folder of identities, tar shards or a list of 'path label' lines"
+        raise UserError(f"{path}: no such data set; {known} was expected")
     if kind == "folder":
         others = sorted(entry.name for entry in path.glob("*.rec"))
         if others:
@@ -48,8 +48,15 @@ class NetworkImages:
         keep: called with (i, the image as it was read).
     """
 
-    def __init__(self, get: Callable[[int], np.ndarray], count: int, size: int, name_of: Callable[[int], str],
-                 resize: bool = False, keep: Callable[[int, np.ndarray], None] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        get: Callable[[int], np.ndarray],
+        count: int,
+        size: int,
+        name_of: Callable[[int], str],
+        resize: bool = False,
+        keep: Callable[[int, np.ndarray], None] | None = None,
+    ):
         self._get, self._count, self.size, self.name_of = get, count, size, name_of
         self._resize, self._keep = resize, keep
 
@@ -62,8 +69,8 @@ class NetworkImages:
             self._keep(i, image)
         height, width = image.shape[:2]
         if height != width and not self._resize:
-            raise UserError(f"{self.name_of(i)}: {width}x{height} pixels; square aligned crops were expected, give "
-                            "--resize to stretch others")  # fmt: skip
+            wanted = "square aligned crops were expected, give --resize to stretch others"
+            raise UserError(f"{self.name_of(i)}: {width}x{height} pixels; {wanted}")
         return fit_image(image, (self.size, self.size), "stretch")
 
 

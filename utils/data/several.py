@@ -34,9 +34,8 @@ class SeveralSources(Source):
     ) -> None:
         self.sources, self.names, self.weights = list(sources), list(names), list(weights) or [1.0] * len(sources)
         if len(self.weights) != len(self.sources):
-            raise UserError(
-                f"data.weights: {len(self.weights)} weights for {len(self.sources)} data sets; give one each"
-            )
+            found = f"{len(self.weights)} weights for {len(self.sources)} data sets"
+            raise UserError(f"data.weights: {found}; give one each")
         if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
             raise UserError(f"data.weights: {self.weights}; numbers above 0 were expected")
         self._starts = np.cumsum([0, *map(len, self.sources)])
@@ -83,9 +82,8 @@ class SeveralSources(Source):
         for which in np.unique(which_S).tolist():
             rows = np.flatnonzero(which_S == which)
             own = samples[rows] - self._starts[which]
-            for row, i, (data, label) in zip(
-                rows.tolist(), own.tolist(), self.sources[which].fetch_many(own), strict=True
-            ):
+            fetched = self.sources[which].fetch_many(own)
+            for row, i, (data, label) in zip(rows.tolist(), own.tolist(), fetched, strict=True):
                 found[row] = data, self._label(which, i, label)
         return found
 
@@ -161,7 +159,6 @@ def _read_identities(path: str, people: list[list[str]]) -> dict[tuple[int, str]
         if name not in known[which]:
             raise UserError(f"{path}: line {number}: set {which + 1} has no class {name!r}")
         if listed.setdefault((which, name), fields[2]) != fields[2]:
-            raise UserError(
-                f"{path}: line {number}: class {name!r} of set {which + 1} is {listed[which, name]!r} above"
-            )
+            found = f"class {name!r} of set {which + 1} is {listed[which, name]!r} above"
+            raise UserError(f"{path}: line {number}: {found}")
     return listed

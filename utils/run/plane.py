@@ -94,14 +94,9 @@ def measure_angles(plane: Plane) -> Angles:
 def save_plane(path: str | Path, plane: Plane) -> None:
     """Arrays of one plane as ``.npz``, in one piece."""
     with written_whole(path) as aside, open(aside, "wb") as file:
-        np.savez_compressed(
-            file,
-            embedding=np.asarray(plane.embedding_ND, np.float32),
-            label=np.asarray(plane.label_N, np.int64),
-            center=np.asarray(plane.center_CD, np.float32),
-            title=np.array(plane.title),
-            step=np.array(plane.step),
-        )
+        embedding, center = (np.asarray(each, np.float32) for each in (plane.embedding_ND, plane.center_CD))
+        label = np.asarray(plane.label_N, np.int64)
+        np.savez_compressed(file, embedding=embedding, label=label, center=center, title=plane.title, step=plane.step)
 
 
 def load_plane(path: str | Path) -> Plane:
@@ -123,8 +118,7 @@ def draw_planes(planes: list[Plane]) -> np.ndarray:
     if not planes:
         raise UserError("0 planes to draw; give at least one")
     for plane in planes:
-        if np.asarray(plane.embedding_ND).ndim != 2 or np.asarray(plane.embedding_ND).shape[1] != 2:
-            shape = np.asarray(plane.embedding_ND).shape
+        if (shape := np.shape(plane.embedding_ND))[1:] != (2,):
             raise UserError(f"embedding of shape {shape}: only 2-D embeddings make a plane (model.embedding_size=2)")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -168,16 +162,15 @@ def _draw_panel(axes, plane: Plane) -> None:
 def image_grid(image_BCHW: np.ndarray, columns: int = 8) -> np.ndarray:
     """Training samples in [-1, 1], float [B, 3, H, W] -> one uint8 RGB grid [rows*H, columns*W, 3]; gaps are black."""
     image_BCHW = np.asarray(image_BCHW, np.float32)
-    num_images, channels, height, width = image_BCHW.shape
+    num_images, _, height, width = image_BCHW.shape
     columns = min(columns, num_images)
     rows = -(-num_images // columns)
-    grid = np.zeros((rows * height, columns * width, 3), np.uint8)
-    pixel_BHWC = np.clip(np.rint(image_BCHW * 127.5 + 127.5), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    for index, image_HWC in enumerate(pixel_BHWC):
-        row, column = divmod(index, columns)
-        tile = np.broadcast_to(image_HWC, (height, width, 3)) if channels == 1 else image_HWC
-        grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
-    return grid
+    tiles = np.zeros((rows * columns, height, width, 3), np.uint8)
+    tiles[:num_images] = np.clip(np.rint(image_BCHW * 127.5 + 127.5), 0, 255).transpose(
+        0, 2, 3, 1
+    )  # grey: 3 equal ones
+    tiles = tiles.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    return tiles.reshape(rows * height, columns * width, 3)
 
 
 def write_png(path: str | Path, image_HWC: np.ndarray) -> None:

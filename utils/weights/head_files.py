@@ -26,8 +26,8 @@ def read_head(path: str | Path) -> dict[str, np.ndarray]:
 
     Args:
         path: one file (``.safetensors``, ``.npy``, ``.pkl``, ``.pt``), any one shard of several (the others are found
-            beside it), a folder of shards, a run of ours or one of its
-            checkpoints, or a folder with ``head.safetensors``.
+            beside it), a folder of shards, a run of ours or one of its checkpoints, or a folder with
+            ``head.safetensors``.
 
     Raises:
         UserError: nothing there, a shard missing, or shapes that do not fit together.
@@ -42,8 +42,8 @@ def read_head(path: str | Path) -> dict[str, np.ndarray]:
             return read_head(path / "checkpoints" / latest.read_text(encoding="utf-8").strip())
         first = next((file for pattern in SHARDS for file in sorted(path.iterdir()) if pattern.search(file.name)), None)
         if first is None:
-            raise UserError(f"{path}: no class centres there (head.safetensors, rank:0_softmax_weight.pkl, "
-                            "checkpoint_gpu_0.pt or a checkpoint of ours)")  # fmt: skip
+            known = "head.safetensors, rank:0_softmax_weight.pkl, checkpoint_gpu_0.pt or a checkpoint of ours"
+            raise UserError(f"{path}: no class centres there ({known})")
         path = first
     if not path.is_file():
         raise UserError(f"{path}: no such file of class centres")
@@ -51,8 +51,8 @@ def read_head(path: str | Path) -> dict[str, np.ndarray]:
     if pattern is None:
         return _arrays(path)
     shards = [_arrays(file) for file in _by_rank(path, pattern)]
-    head = {key: np.concatenate([shard[key] for shard in shards])
-            for key in ("weight", "momentum") if all(key in shard for shard in shards)}  # fmt: skip
+    whole = [key for key in ("weight", "momentum") if all(key in shard for shard in shards)]
+    head = {key: np.concatenate([shard[key] for shard in shards]) for key in whole}
     _check_cut(path, [len(shard["weight"]) for shard in shards])
     momenta = [file for file in path.parent.iterdir() if MOMENTUM.search(file.name)]
     if pattern is SHARDS[1] and momenta:
@@ -69,11 +69,9 @@ def _by_rank(path: Path, pattern: re.Pattern) -> list[Path]:
     found = {}
     for file in path.parent.iterdir():
         match = pattern.search(file.name)
-        if match is not None:
-            if int(match["rank"]) in found:
-                raise UserError(f"{path.parent}: two files of rank {match['rank']}: {found[int(match['rank'])].name} "
-                                f"and {file.name}; keep one")  # fmt: skip
-            found[int(match["rank"])] = file
+        if match is not None and (other := found.setdefault(int(match["rank"]), file)) != file:
+            told = f"two files of rank {match['rank']}: {other.name} and {file.name}"
+            raise UserError(f"{path.parent}: {told}; keep one")
     missing = sorted(set(range(max(found) + 1)) - set(found))
     if missing:
         raise UserError(f"{path.parent}: {len(found)} shards like {path.name}, but rank {missing[0]} is missing")
@@ -84,8 +82,8 @@ def _check_cut(path: Path, rows: list[int]) -> None:
     total, world_size = sum(rows), len(rows)
     expected = [total // world_size + (rank < total % world_size) for rank in range(world_size)]
     if rows != expected:
-        raise UserError(f"{path.parent}: shards of {rows} rows; {total} classes on {world_size} ranks are cut as "
-                        f"{expected}; is a shard missing or from another run?")  # fmt: skip
+        told = f"shards of {rows} rows; {total} classes on {world_size} ranks are cut as {expected}"
+        raise UserError(f"{path.parent}: {told}; is a shard missing or from another run?")
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -38,9 +38,8 @@ class Graph:
         except Exception as error:  # protobuf raises classes of its own, by version
             with open(path, "rb") as file:
                 refuse_other_kinds(path, file.read(1024), "an ONNX file")
-            raise UserError(
-                f"{path}: not an ONNX file that can be read ({' '.join(str(error).split())[:100]})"
-            ) from None
+            told = " ".join(str(error).split())[:100]
+            raise UserError(f"{path}: not an ONNX file that can be read ({told})") from None
         self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
         self.users: dict[str, list] = {}
         self.visited: set[int] = set()
@@ -82,13 +81,18 @@ class Graph:
         return next((node for node in self.following(value)[1] if node.op_type in kinds), None)
 
     def take(self, value: str, *kinds: str):
-        """As ``peek``, but it must be there; marks it as walked."""
+        """As ``need``; marks it as walked."""
+        node = self.need(value, *kinds)
+        self.visited.add(id(node))
+        return node
+
+    def need(self, value: str, *kinds: str):
+        """As ``peek``, but it must be there."""
         node = self.peek(value, *kinds)
         if node is None:
             found = ", ".join(node.op_type for node in self.following(value)[1]) or "the end of the graph"
-            raise UserError(f"{self.path}: expected {' or '.join(kinds)} after {value!r}, found {found}; "
-                            "the graph is neither an iResNet nor a MobileFaceNet")  # fmt: skip
-        self.visited.add(id(node))
+            told = f"expected {' or '.join(kinds)} after {value!r}, found {found}"
+            raise UserError(f"{self.path}: {told}; the graph is neither an iResNet nor a MobileFaceNet")
         return node
 
     def constant(self, node, position: int) -> np.ndarray:
@@ -136,9 +140,7 @@ def read_onnx(path: str | Path) -> State:
     value, scale = _pixel_scaling(graph)
     value = _channels_first(graph, value)
     state: State = {}
-    first = graph.peek(value, "Conv")
-    if first is None:
-        graph.take(value, "Conv")
+    graph.need(value, "Conv")
     if any(graph.attributes(node).get("group", 1) > 1 for node in graph.nodes if node.op_type == "Conv"):
         value = _walk_mobilefacenet(graph, value, state)
         stem = "layers.0.layers.0.weight"
@@ -154,8 +156,8 @@ def read_onnx(path: str | Path) -> State:
     if users or value not in graph.outputs:
         what = users[0].op_type if users else "another output"
         raise UserError(f"{path}: after the embedding comes {what}; only the raw embedding can be taken over")
-    left = [node for node in graph.nodes if id(node) not in graph.visited
-            and node.op_type in ("Conv", "Gemm", "MatMul", "BatchNormalization", "PRelu")]  # fmt: skip
+    layers = ("Conv", "Gemm", "MatMul", "BatchNormalization", "PRelu")
+    left = [node for node in graph.nodes if id(node) not in graph.visited and node.op_type in layers]
     if left:
         raise UserError(f"{path}: {len(left)} layers are left over, the first is {left[0].op_type} {left[0].name!r}")
     return state
@@ -354,16 +356,11 @@ def _first_stage(graph: Graph, nodes: list, state: State) -> list:
             state[f"{name}.layers.2.weight"] = np.ones(len(state[f"{name}.layers.0.weight"]), np.float32)
     shape = state["layers.1.layers.0.weight"].shape
     if shape[1] not in (1, 2) or shape[2:] != (3, 3):
-        raise UserError(
-            f"{graph.path}: Conv {nodes[1].name!r} of shape {list(shape)} as the first stage of a MobileFaceNet; known "
-            "are 3x3 with one or two channels a group"
-        )
+        told = f"Conv {nodes[1].name!r} of shape {list(shape)} as the first stage of a MobileFaceNet"
+        raise UserError(f"{graph.path}: {told}; known are 3x3 with one or two channels a group")
     return []
 
 
 def _flattened(graph: Graph, value: str) -> str:
-    node = graph.peek(value, "Flatten", "Reshape", "Squeeze")
-    if node is None:
-        return value
-    graph.visited.add(id(node))
-    return node.output[0]
+    kinds = ("Flatten", "Reshape", "Squeeze")
+    return value if graph.peek(value, *kinds) is None else graph.take(value, *kinds).output[0]

@@ -105,8 +105,8 @@ def backbone_part(content: object, path: str | Path) -> dict[str, np.ndarray]:
     prefix = _prefix([*state, *foreign])
     for name, kind in foreign.items():
         if name.startswith(prefix) and "." in name:  # a parameter's name; "args" beside a bare state is passed over
-            raise UserError(f"{path}: {name} is a {kind}, not a plain tensor, and was not executed; where it was "
-                            "trained, save the state with plain tensors")  # fmt: skip
+            found = f"{name} is a {kind}, not a plain tensor, and was not executed"
+            raise UserError(f"{path}: {found}; where it was trained, save the state with plain tensors")
     beside = [name for name in state if not name.startswith(prefix)]
     if beside and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
         more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
@@ -216,8 +216,8 @@ def save_pdparams(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
 def _linear_weights(layer) -> set[str]:
     from paddle import nn
 
-    return {f"{name}.weight" if name else "weight"
-            for name, part in layer.named_sublayers(include_self=True) if isinstance(part, nn.Linear)}  # fmt: skip
+    linears = [name for name, part in layer.named_sublayers(include_self=True) if isinstance(part, nn.Linear)]
+    return {f"{name}.weight".lstrip(".") for name in linears}
 
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
