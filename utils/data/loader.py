@@ -13,6 +13,7 @@ B local batch, W ranks, N samples, H and W (as an axis) image size.
 
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -22,8 +23,6 @@ from utils.data.source import Source, as_source
 from utils.data.threads import ThreadPipeline
 from utils.decode import PIXEL_SCALE, PIXEL_SHIFT, DecodeError, decode_image, fit_image
 from utils.errors import UserError
-
-RESIZE_MODES = {False: None, True: "stretch", None: None, "stretch": "stretch", "crop": "crop", "window": "window"}
 
 # Rows of a batch zeroed at a time before they are decoded into: a stream of zeros brings them into the cache faster
 # than the decoder's scattered writes would (3 % of its time).
@@ -37,21 +36,58 @@ def normalise_image(image: np.ndarray, out: np.ndarray, planes: np.ndarray) -> N
     cv2.LUT(planes.reshape(-1, planes.shape[-1]), _NORMALISED, dst=out.reshape(-1, out.shape[-1]))
 
 
-class SampleReader:
-    """Turns (source, sample number) into pixels in a batch.
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """What a loader does with its source.
 
-    Args:
-        source: where the samples come from.
-        size: (height, width).
-        resize: None (another size is an error), ``stretch``, ``crop`` or ``window``.
-        augment: name -> parameters, see ``utils/data/augment.py``.
-        flip: mirror half of the samples.
-        seed: base of all draws.
+    Raises:
+        UserError: a value that cannot be, naming it.
     """
 
-    def __init__(self, source: Source, size: tuple[int, int], resize: str | None, augment: dict, seed: int) -> None:
-        self.source, self.size, self.resize, self.seed = source, size, resize, seed
-        self.augment = build_augment(augment) if augment else None
+    rank: int = 0  # which part of every global batch is ours
+    world_size: int = 1
+    seed: int = 0  # base of the order, the flips and the augmentation
+    num_threads: int = 2  # that decode
+    augment: dict[str, dict] | None = None  # name -> parameters, see ``utils/data/augment.py``
+    flip: bool = True  # mirror each image with probability one half
+    image_size: int | tuple[int, int] = 112  # side, or (height, width)
+    # False: another size is an error; True or "stretch"; "crop": the centre of the same proportions first; "window": a
+    # random window of that size, not scaled
+    resize: bool | str | None = False
+    drop_last: bool = True  # the last, smaller batch is left out; else it is divided evenly, repeating a few samples
+    prefetch: int = 4  # batches decoded ahead
+    normalize: bool = True  # False: uint8 [B, H, W, 3] instead of float32 [B, 3, H, W] in [-1, 1]
+    flip_on_host: bool | None = None  # None: on the device, unless that is the host's memory
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "num_threads", "prefetch"):
+            check_count(name, getattr(self, name))
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(f"rank: {self.rank!r} is outside 0..{self.world_size - 1}")
+        if self.resize not in (False, True, None, "stretch", "crop", "window"):
+            raise UserError(f"resize: {self.resize!r} is not one of False, True, 'stretch', 'crop', 'window'")
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise UserError(f"image_size: {self.image_size!r}, a side or (height, width) was expected")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+
+
+def check_count(name: str, value: object) -> None:
+    """UserError where ``value`` is no whole number from 1 on."""
+    if not isinstance(value, (int, np.integer)) or value < 1:
+        raise UserError(f"{name}: {value!r}, a whole number from 1 on was expected")
+
+
+class SampleReader:
+    """Turns (source, sample number) into pixels in a batch."""
+
+    def __init__(self, source: Source, options: LoaderOptions) -> None:
+        self.source, self.size, self.seed = source, options.size, options.seed
+        self.resize = "stretch" if options.resize is True else options.resize
+        self.augment = build_augment(options.augment) if options.augment else None
 
     def read(self, samples: np.ndarray, mirror: np.ndarray, epoch: int, images: np.ndarray, labels: np.ndarray) -> None:
         """Fill ``images`` and ``labels`` [n] int64 with the given samples.
@@ -93,7 +129,7 @@ class SampleReader:
             if image is out:
                 return
         if image.shape[:2] != self.size:
-            if self.resize is None:
+            if not self.resize:
                 found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
                 raise self.source.damaged(
                     sample, f"image of {found}, {wanted} expected; set data.resize (stretch, crop) or pack it anew"
@@ -128,16 +164,16 @@ class TrainLoader:
         epoch: the epoch that is iterated next (or now).
     """
 
-    def __init__(self, reader: SampleReader, batch_size: int, options: dict) -> None:
-        self.source, self._reader, self.batch_size = reader.source, reader, batch_size
-        self.rank, self.world_size, self.seed = options["rank"], options["world_size"], reader.seed
-        self._options = options
+    def __init__(self, source: Source, batch_size: int, options: LoaderOptions) -> None:
+        self.source, self.batch_size, self._options = source, batch_size, options
+        self.rank, self.world_size, self.seed = options.rank, options.world_size, options.seed
+        self._reader = SampleReader(source, options)
         self.epoch, self._position, self._pending = 0, 0, 0
         self.last_keys = np.empty(0, np.int64)
         self._pipelines: weakref.WeakSet = weakref.WeakSet()
         global_batch = batch_size * self.world_size
         whole = self.num_samples // global_batch
-        self._num_batches = whole if options["drop_last"] else -(-self.num_samples // global_batch)
+        self._num_batches = whole if options.drop_last else -(-self.num_samples // global_batch)
         if self._num_batches == 0:
             reason = f"{self.num_samples} samples do not fill one batch of {batch_size} on {self.world_size} rank(s)"
             most = self.num_samples // self.world_size
@@ -188,7 +224,7 @@ class TrainLoader:
         while start < len(order):
             stop = start + step
             if stop > len(order):
-                if self._options["drop_last"]:
+                if self._options.drop_last:
                     return
                 rest = order[start:]
                 size = -(-len(rest) // self.world_size)  # equal on all ranks; the last ones repeat the first samples
@@ -226,17 +262,17 @@ class TrainLoader:
         on_host = paddle.get_device() == "cpu"
         if images.dtype == np.float32:
             return share_numpy(images) if on_host else upload(images), label
-        if self._options["flip_on_host"] or not self._options["flip"]:
+        if self._options.flip_on_host or not self._options.flip:
             image = share_numpy(images) if on_host else upload(images)
         else:  # pixels and flips go up as one vector of bytes
             num_bytes = images.size
             packed = upload(np.concatenate([images.reshape(-1), mirror.astype(np.uint8)]))
             image = packed._slice(0, num_bytes).reshape(images.shape)
             # Paddle has no where or flip of uint8
-            wide = image.astype("float32" if self._options["normalize"] else "int32")
+            wide = image.astype("float32" if self._options.normalize else "int32")
             mirror = packed._slice(num_bytes, num_bytes + len(mirror)).astype("bool").reshape([-1, 1, 1, 1])
             image = paddle.where(mirror, wide.flip(2), wide)
-        if self._options["normalize"]:
+        if self._options.normalize:
             image = paddle.scale(image.transpose([0, 3, 1, 2]).astype("float32"), PIXEL_SCALE, PIXEL_SHIFT)
         elif image.dtype != paddle.uint8:
             image = image.astype("uint8")
@@ -248,68 +284,21 @@ class TrainLoader:
             pipeline.close()
 
 
-def build_train_loader(
-    source: Source | Sequence,
-    batch_size: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
-    num_threads: int = 2,
-    augment: dict[str, dict] | None = None,
-    flip: bool = True,
-    image_size: int | tuple[int, int] = 112,
-    resize: bool | str = False,
-    drop_last: bool = True,
-    prefetch: int = 4,
-    normalize: bool = True,
-    flip_on_host: bool | None = None,
-) -> TrainLoader:
+def build_train_loader(source: Source | Sequence, batch_size: int, **options) -> TrainLoader:
     """The loader of one rank.
 
     Args:
         source: a source, or anything with ``len`` and ``[i] -> (uint8 RGB HWC, label)``.
         batch_size: B of this rank.
-        rank, world_size: which part of every global batch is ours.
-        seed: base of the order, the flips and the augmentation.
-        num_threads: threads that decode.
-        augment: name -> parameters, see ``utils/data/augment.py``; nothing by default.
-        flip: mirror each image with probability one half.
-        image_size: side, or (height, width).
-        resize: False (another size is an error), True or ``stretch``, ``crop`` (centre of the same proportions first),
-            ``window`` (a random window of that size, not scaled).
-        drop_last: leave out the last, smaller batch; else it is divided evenly, repeating a few samples if need be.
-        prefetch: batches decoded ahead.
-        normalize: False gives uint8 [B, H, W, 3] instead of float32 [B, 3, H, W] in [-1, 1].
-        flip_on_host: None flips on the device, unless that is the host's memory.
+        options: of ``LoaderOptions``.
 
     Raises:
         UserError: a value that cannot be, naming it.
     """
-    numbers = {"batch_size": batch_size, "world_size": world_size, "num_threads": num_threads, "prefetch": prefetch}
-    for name, value in numbers.items():
-        if not isinstance(value, (int, np.integer)) or value < 1:
-            raise UserError(f"{name}: {value!r}, a whole number from 1 on was expected")
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank: {rank!r} is outside 0..{world_size - 1}")
-    if resize not in RESIZE_MODES:
-        raise UserError(f"resize: {resize!r} is not one of False, True, 'stretch', 'crop', 'window'")
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise UserError(f"image_size: {image_size!r}, a side or (height, width) was expected")
-    if flip_on_host is None:
+    check_count("batch_size", batch_size)
+    chosen = LoaderOptions(**options)
+    if chosen.flip_on_host is None:
         import paddle
 
-        flip_on_host = paddle.get_device() == "cpu"
-    options = {
-        "rank": rank,
-        "world_size": world_size,
-        "num_threads": num_threads,
-        "flip": flip,
-        "flip_on_host": flip_on_host,
-        "drop_last": drop_last,
-        "prefetch": prefetch,
-        "normalize": normalize,
-    }
-    reader = SampleReader(as_source(source), size, RESIZE_MODES[resize], augment or {}, seed)
-    return TrainLoader(reader, batch_size, options)
+        chosen = replace(chosen, flip_on_host=paddle.get_device() == "cpu")
+    return TrainLoader(as_source(source), batch_size, chosen)

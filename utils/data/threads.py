@@ -6,10 +6,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.data.augment import flips
+
+if TYPE_CHECKING:
+    from utils.data.loader import LoaderOptions, SampleReader
 
 _LARGEST_PIECE = 128  # images
 _CLOSED = "the loader was closed while it was iterated"
@@ -42,22 +46,22 @@ class ThreadPipeline:
         reader: reads samples.
         batch_size: B.
         epoch: for the draws.
-        options: num_threads, prefetch, flip, world size and so on, see ``build_train_loader``.
+        options: the loader's.
     """
 
-    def __init__(self, reader: object, batch_size: int, epoch: int, options: dict) -> None:
+    def __init__(self, reader: "SampleReader", batch_size: int, epoch: int, options: "LoaderOptions") -> None:
         self._reader, self._epoch, self._options = reader, epoch, options
-        as_float = options["normalize"] and options["flip_on_host"]
+        as_float = options.normalize and options.flip_on_host
         shape = (batch_size, 3, *reader.size) if as_float else (batch_size, *reader.size, 3)
-        self._buffers = BufferPool(shape, np.float32 if as_float else np.uint8, options["prefetch"] + 2)
+        self._buffers = BufferPool(shape, np.float32 if as_float else np.uint8, options.prefetch + 2)
         # As large as keeps all threads busy: each piece costs a thread a dozen steps with cold caches.
-        pieces = -(-options["num_threads"] // max(1, options["prefetch"] - 1))
+        pieces = -(-options.num_threads // max(1, options.prefetch - 1))
         self._piece = min(_LARGEST_PIECE, -(-batch_size // pieces))
         # Threads and queues of our own: a pool's futures take the interpreter's lock from the decoders too often.
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         threads = [
             threading.Thread(target=_read_pieces, args=(reader, self._work), name=f"face-loader_{i}", daemon=True)
-            for i in range(options["num_threads"])
+            for i in range(options.num_threads)
         ]
         self._stop = weakref.finalize(self, _stop_threads, self._work, threads)  # at the interpreter's end as well
         for thread in threads:
@@ -67,7 +71,7 @@ class ThreadPipeline:
         waiting: deque = deque()
         batches = iter(batches)
         while True:
-            while len(waiting) < self._options["prefetch"]:
+            while len(waiting) < self._options.prefetch:
                 following = next(batches, None)
                 if following is None:
                     break
@@ -83,10 +87,10 @@ class ThreadPipeline:
 
     def _submit(self, samples: np.ndarray, position: int) -> tuple:
         images, labels = self._buffers.take(len(samples)), np.empty(len(samples), np.int64)
-        mirror = (
-            flips(self._reader.seed, self._epoch, samples) if self._options["flip"] else np.zeros(len(samples), bool)
-        )
-        here = mirror & self._options["flip_on_host"]
+        mirror = np.zeros(len(samples), bool)
+        if self._options.flip:
+            mirror = flips(self._reader.seed, self._epoch, samples)
+        here = mirror & self._options.flip_on_host
         done: queue.SimpleQueue = queue.SimpleQueue()
         starts = range(0, len(samples), self._piece)
         for start in starts:
@@ -102,7 +106,7 @@ class ThreadPipeline:
         self._stop()
 
 
-def _read_pieces(reader: object, work: queue.SimpleQueue) -> None:
+def _read_pieces(reader: "SampleReader", work: queue.SimpleQueue) -> None:
     """A thread: read pieces until told to stop; the answer is None, or (first row, error)."""
     while (piece := work.get()) is not None:
         start, arguments, done = piece
