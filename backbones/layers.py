@@ -52,6 +52,13 @@ class BatchNorm2D(nn.BatchNorm2D):
         )[0]
 
 
+def choose(name: str, value: object, *choices: object) -> object:
+    """``value`` if it is one of the choices, else UserError."""
+    if value not in choices:
+        raise UserError(f"{name} {value!r}: choose {' or '.join(map(str, choices))}")
+    return value
+
+
 def conv(
     num_in: int,
     num_out: int,
@@ -201,17 +208,9 @@ class Backbone(nn.Layer):
         data_format: str = "NCHW",
     ) -> None:
         super().__init__()
-        if data_format not in ("NCHW", "NHWC"):
-            raise UserError(f"data_format {data_format!r}: choose NCHW or NHWC")
         self.embedding_size, self.input_size = embedding_size, input_size
-        self.recompute, self.data_format = recompute, data_format
+        self.recompute, self.data_format = recompute, choose("data_format", data_format, "NCHW", "NHWC")
         self.dropout = nn.Dropout(dropout)
-
-    def set_channels(self, in_channels: int) -> None:
-        """For the families that offer ``in_channels``, 3 or 1."""
-        if in_channels not in (1, 3):
-            raise UserError(f"in_channels {in_channels}: choose 1 or 3")
-        self.in_channels = in_channels
 
     def enter(self, image: paddle.Tensor) -> paddle.Tensor:
         """The image in the layout inside; [B, 3, H, W] RGB becomes luma (ITU-R BT.601) where the network is grey.

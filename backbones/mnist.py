@@ -9,7 +9,7 @@ Shapes: B batch, H = W input size in pixels, D embedding size (2); stage s has `
 from paddle import nn
 from paddle.nn import functional as F
 
-from backbones.layers import Backbone, PReLU, batch_norm, conv, flatten_chw, full_precision, linear, run_block
+from backbones.layers import Backbone, PReLU, batch_norm, choose, conv, flatten_chw, full_precision, linear, run_block
 from utils.errors import UserError
 
 
@@ -21,7 +21,7 @@ class MnistNet(Backbone):
 
     def __init__(self, embedding_size: int = 2, width: int = 16, input_size: int = 28, in_channels: int = 1, **common):
         super().__init__(embedding_size, input_size=input_size, **common)
-        self.set_channels(in_channels)
+        self.in_channels = choose("in_channels", in_channels, 1, 3)
         data_format = self.data_format
         if input_size < 8:
             raise UserError(f"input_size {input_size}: three halvings need at least 8 pixels")

@@ -20,13 +20,13 @@ from backbones.layers import (
     PReLU,
     batch_norm,
     batch_norm_1d,
+    choose,
     conv,
     flatten_chw,
     full_precision,
     linear,
     shortcut,
 )
-from utils.errors import UserError
 
 
 def _fan_out(num_out: int, kernel: int) -> nn.initializer.Normal:
@@ -147,13 +147,9 @@ class ResNet(Backbone):
         **common,
     ):
         super().__init__(embedding_size, **common)
-        self.set_channels(in_channels)
+        self.in_channels = choose("in_channels", in_channels, 1, 3)
         data_format = self.data_format
-        if pool not in ("avg", "flatten"):
-            raise UserError(f"pool {pool!r}: choose avg or flatten")
-        if stem not in ("imagenet", "face"):
-            raise UserError(f"stem {stem!r}: choose imagenet or face")
-        self.pool, self.stem = pool, stem
+        self.pool, self.stem = choose("pool", pool, "avg", "flatten"), choose("stem", stem, "imagenet", "face")
         imagenet = stem == "imagenet"
         self.conv1 = _fan_out_conv(in_channels, width, 7 if imagenet else 3, 2 if imagenet else 1, data_format)
         self.bn1 = batch_norm(width, data_format)
@@ -188,7 +184,7 @@ class ResNetFace(Backbone):
         **common,
     ):
         super().__init__(embedding_size, dropout, input_size, **common)
-        self.set_channels(in_channels)
+        self.in_channels = choose("in_channels", in_channels, 1, 3)
         data_format = self.data_format
         init = nn.initializer.XavierNormal()
         self.conv1 = conv(in_channels, width, 3, init=init, data_format=data_format)

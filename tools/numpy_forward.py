@@ -142,8 +142,8 @@ def _vit(w: Weights, x: np.ndarray, num_heads: int = 8) -> np.ndarray:
     for index in range(w.count("blocks.")):
         name = f"blocks.{index}"
         qkv = w.linear(f"{name}.attn.qkv", w.layer_norm(f"{name}.norm1", x))
-        query, key, value = (part.reshape(num_images, -1, num_heads, width // num_heads).swapaxes(1, 2)
-                             for part in np.split(qkv, 3, axis=-1))  # fmt: skip
+        parts = np.split(qkv, 3, axis=-1)
+        query, key, value = (p.reshape(num_images, -1, num_heads, width // num_heads).swapaxes(1, 2) for p in parts)
         logit = query @ key.swapaxes(2, 3) / np.sqrt(width // num_heads)
         attention = np.exp(logit - logit.max(-1, keepdims=True))
         attention /= attention.sum(-1, keepdims=True)

@@ -324,18 +324,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, function: object, example: str) -> argparse.ArgumentParser:
+    def command(name: str, function: object, example: str, **positionals: str | None) -> argparse.ArgumentParser:
         text = " ".join((function.__doc__ or "").split())
         sub = commands.add_parser(name, help=text, description=text, epilog=f"example: python tools/rec.py {example}")
         sub.set_defaults(run=function)
         sub.add_argument("--prefix", default="train", help="name of the files without suffix (default: train)")
         sub.add_argument("--workers", type=positive, default=2, help="threads (default: 2)")
+        for positional, told in positionals.items():
+            sub.add_argument(positional, help=told)
         return sub
 
-    sub = command("pack", run_pack, "pack faces/ out/ --resize crop")
     what = "folder of identity folders, list of 'path label' lines, .tar shards, or .parquet files (or their folder)"
-    sub.add_argument("source", help=what)
-    sub.add_argument("output", help="folder for <prefix>.rec, <prefix>.idx and property")
+    into = "folder for <prefix>.rec, <prefix>.idx and property"
+    sub = command("pack", run_pack, "pack faces/ out/ --resize crop", source=what, output=into)
     sub.add_argument("--root", help="where the paths of a list start (default: the list's folder)")
     sub.add_argument("--image-size", type=side, default=112, help="side in pixels; 0 keeps every size (default: 112)")
     sub.add_argument("--resize", choices=("no", "stretch", "crop"), default="no", help="what to do with other sizes")
@@ -345,22 +346,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--image-column", help="Parquet: the column of the images")
     sub.add_argument("--label-column", help="Parquet: the column of the labels, numbers or names")
 
-    sub = command("unpack", run_unpack, "unpack data/ms1m faces/")
-    sub.add_argument("source")
-    sub.add_argument("output", help="folder to make")
+    command("unpack", run_unpack, "unpack data/ms1m faces/", source=None, output="folder to make")
 
-    sub = command("info", run_info, "info data/ms1m --labels")
-    sub.add_argument("source")
+    sub = command("info", run_info, "info data/ms1m --labels", source=None)
     sub.add_argument("--labels", action="store_true", help="read all labels and count them")
     sub.add_argument("--json", action="store_true")
 
-    sub = command("verify", run_verify, "verify data/ms1m --workers 8")
-    sub.add_argument("source")
+    sub = command("verify", run_verify, "verify data/ms1m --workers 8", source=None)
     sub.add_argument("--image-size", type=positive, help="side every image must have (default: from property)")
 
-    sub = command("shuffle", run_shuffle, "shuffle data/ms1m out/ --seed 1")
-    sub.add_argument("source")
-    sub.add_argument("output")
+    sub = command("shuffle", run_shuffle, "shuffle data/ms1m out/ --seed 1", source=None, output=None)
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command("merge", run_merge, "merge data/a data/b out/")
@@ -368,9 +363,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--shared-labels", action="store_true", help="equal labels mean equal people: do not renumber")
     sub.add_argument("--relabel", action="store_true", help="number the labels that occur in each set 0, 1, ... first")
 
-    sub = command("subset", run_subset, "subset data/ms1m out/ --classes 0-999 --max-per-class 20 --relabel")
-    sub.add_argument("source")
-    sub.add_argument("output")
+    example = "subset data/ms1m out/ --classes 0-999 --max-per-class 20 --relabel"
+    sub = command("subset", run_subset, example, source=None, output=None)
     sub.add_argument("--classes", help="labels to keep, like 0-999,1500")
     sub.add_argument("--keys", help="file of record keys to keep")
     sub.add_argument("--max-per-class", type=positive, help="at most so many images of one class")

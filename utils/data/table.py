@@ -12,12 +12,11 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
 from utils.files import written_whole
-
-_MAGIC = b"FACE-TABLE-1\n"
 
 
 def table_place(path: Path) -> Path:
@@ -31,35 +30,21 @@ def table_place(path: Path) -> Path:
 
 
 def save_table(path: Path, stamp: object, array: np.ndarray) -> None:
-    """Write an array [N] and the JSON-able ``stamp`` that it is true for."""
+    """Write an array [N] as ``.npy`` and, behind it, the JSON-able ``stamp`` that it is true for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = array.dtype.descr if array.dtype.names else array.dtype.str
-    header = json.dumps({"stamp": stamp, "dtype": kind, "length": len(array)}).encode()
-    start = _MAGIC + len(header).to_bytes(8, "little") + header
     with written_whole(path) as aside, open(aside, "wb") as file:
-        file.write(start + bytes(-len(start) % 64))
-        file.write(np.ascontiguousarray(array).data)
+        np.save(file, array)
+        file.write(json.dumps(stamp).encode())
 
 
 def load_table(path: Path) -> tuple[object, np.ndarray] | None:
     """(stamp, the array, read-only), or None where there is none or a damaged one."""
     try:
+        array = np.lib.format.open_memmap(path, mode="r")
         with open(path, "rb") as file:
-            head = file.read(len(_MAGIC) + 8)
-            size = int.from_bytes(head[len(_MAGIC) :], "little")
-            if head[: len(_MAGIC)] != _MAGIC or size > os.fstat(file.fileno()).st_size:
-                return None
-            header = json.loads(file.read(size))
-        kind = header["dtype"]
-        kind = np.dtype([(name, form) for name, form in kind] if isinstance(kind, list) else kind)
-        offset = len(head) + size
-        offset += -offset % 64
-        if Path(path).stat().st_size != offset + header["length"] * kind.itemsize:
-            return None
-        if header["length"] == 0:
-            return header["stamp"], np.empty(0, kind)
-        return header["stamp"], np.memmap(path, kind, "r", offset, (header["length"],))
-    except (OSError, ValueError, KeyError, TypeError):
+            file.seek(array.offset + array.nbytes)
+            return json.load(file), array
+    except (OSError, ValueError, TokenError):  # what numpy says of a damaged header
         return None
 
 
