@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.source import DerivedSource, Source
+from utils.data.source import Source
 from utils.errors import UserError
 from utils.files import write_json, write_text
 
@@ -90,7 +90,7 @@ def count_classes(source: Source, place: object, asked: int | None) -> int:
     return asked or found
 
 
-class Relabelled(DerivedSource):
+class Relabelled(Source):
     """Another source's samples, its labels numbered 0..C-1 in ascending order.
 
     Attributes:
@@ -98,8 +98,7 @@ class Relabelled(DerivedSource):
     """
 
     def __init__(self, source: Source) -> None:
-        super().__init__(source)
-        self.numbered = True
+        self.source, self.keys, self.notes, self.numbered = source, source.keys, source.notes, True
         old = source.read_labels()
         distinct, labels = np.unique(old, return_inverse=True)
         if len(distinct) and distinct[0] < 0:
@@ -119,7 +118,13 @@ class Relabelled(DerivedSource):
         return [(data, label) for (data, _), label in pairs]
 
     def read_labels(self, samples: np.ndarray | None = None) -> np.ndarray:
-        return self.labels.astype(np.int64) if samples is None else self.labels[samples].astype(np.int64)
+        return super().read_labels(samples).astype(np.int64)
+
+    def describe(self, i: int) -> str:
+        return self.source.describe(i)
+
+    def damaged(self, i: int, reason: str) -> ValueError:
+        return self.source.damaged(i, reason)
 
 
 def save_identities(folder: str | Path, source: Source) -> None:

@@ -92,30 +92,6 @@ class SequenceSource(Source):
         return self._samples[i]
 
 
-class DerivedSource(Source):
-    """A source made of another one's samples; what is not overridden is the other's."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.keys, self.num_classes, self.labels = source.keys, source.num_classes, source.labels
-        self.identities, self.notes, self.numbered = source.identities, source.notes, source.numbered
-
-    def fetch(self, i: int) -> tuple[bytes | memoryview | np.ndarray, int]:
-        return self.source.fetch(i)
-
-    def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview | np.ndarray, int]]:
-        return self.source.fetch_many(samples)
-
-    def read_labels(self, samples: np.ndarray | None = None) -> np.ndarray:
-        return self.source.read_labels(samples)
-
-    def describe(self, i: int) -> str:
-        return self.source.describe(i)
-
-    def damaged(self, i: int, reason: str) -> ValueError:
-        return self.source.damaged(i, reason)
-
-
 def as_source(samples: Source | Sequence) -> Source:
     """A source as it is, anything else wrapped."""
     return samples if isinstance(samples, Source) else SequenceSource(samples)
