@@ -344,12 +344,10 @@ class ShardDataset(Source):
     """
 
     def __init__(self, root: str | os.PathLike) -> None:
-        index = open_shards(root)
-        self.paths, self._starts, self._entries = index.paths, index.starts, index.entries
+        self.paths, self._starts, self._entries, self.notes = open_shards(root)
         self._files = ShardFiles(self.paths)
         self.keys = np.arange(len(self._entries))
         self.labels = self._entries["label"]
-        self.notes = index.passed_over
         if len(self.keys) == 0:
             raise UserError(f"{root}: no images in its {len(self.paths)} shards")
         self.num_classes = int(self.labels.max()) + 1

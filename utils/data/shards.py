@@ -333,27 +333,14 @@ def describe_member(path: Path, start: int) -> str:
         return "a member whose header is damaged"
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """All images of some shards.
-
-    Attributes:
-        paths: the shards, sorted.
-        starts: int64 [shards + 1], the first image of each.
-        entries: ``ENTRY`` [N], perhaps mapped from the index file.
-        passed_over: lines about members that were not taken.
-    """
-
-    paths: list[Path]
-    starts: np.ndarray
-    entries: np.ndarray
-    passed_over: tuple[str, ...]
-
-
-def open_shards(root: str | os.PathLike) -> ShardIndex:
+def open_shards(root: str | os.PathLike) -> tuple[list[Path], np.ndarray, np.ndarray, tuple[str, ...]]:
     """Index the shards of a folder or pattern, or take the stored index of those that have not changed since.
 
     The index file lies beside the first shard (``.wds-index``), or in the user's cache where that folder is read-only.
+
+    Returns:
+        (the shards, sorted; int64 [shards + 1], the first image of each; ``ENTRY`` [N] of all images, perhaps mapped
+        from the index file; lines about members that were not taken).
     """
     paths = find_shards(root)
     folder = paths[0].parent
@@ -374,7 +361,7 @@ def open_shards(root: str | os.PathLike) -> ShardIndex:
     lines = [known[name].passed.describe(folder / name) for name in now if known[name].passed]
     if len(lines) > 3:
         lines = [*lines[:3], f"{folder}: members of {len(lines) - 3} more shards were passed over in the same way"]
-    return ShardIndex(paths, starts, table if len(table) == starts[-1] else np.concatenate(parts), tuple(lines))
+    return paths, starts, table if len(table) == starts[-1] else np.concatenate(parts), tuple(lines)
 
 
 class _Known(NamedTuple):
