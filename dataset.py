@@ -9,15 +9,15 @@ import gzip
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from mxnet_reader import RecordError
-from mxnet_reader.file import RecordFile, Scanned
-from mxnet_reader.insightface import find_layout, parse_image, read_key, read_plain_images, read_plain_labels
+from mxnet_reader.file import RecordFile
+from mxnet_reader.insightface import find_layout, parse_image, read_plain_images, read_plain_labels
 from mxnet_reader.rebuild import open_index
 from utils.data.digits import packaged_digits
 from utils.data.labels import EXACT, Relabelled, check_labels, count_classes, load_identities, save_identities
@@ -75,9 +75,9 @@ class FaceRecordDataset(Source):
         self.rec_path = root if root.suffix == ".rec" else root / f"{prefix}.rec"
         if not self.rec_path.is_file():
             raise FileNotFoundError(f"{self.rec_path}: no such file; give the folder that holds {prefix}.rec")
-        self._file = RecordFile(self.rec_path)
-        self.index = open_index(self._file, self.rec_path.with_suffix(".idx"))
-        layout = find_layout(self._file, self.index)
+        self.file = RecordFile(self.rec_path)
+        self.index = open_index(self.file, self.rec_path.with_suffix(".idx"))
+        layout = find_layout(self.file, self.index)
         self.keys, self.has_header, self.num_records = layout.image_keys, layout.has_header, len(self.index)
         self.num_classes, self.image_size = _read_property(self.rec_path.parent / "property")
         if self.num_classes is None:
@@ -91,7 +91,7 @@ class FaceRecordDataset(Source):
     def record(self, i: int) -> bytes:
         """The whole payload of sample i: header, labels, encoded image."""
         key, offset, limit = self._place(i)
-        return self._file.read_record(offset, key, limit)[0]
+        return self.file.read_record(offset, key, limit)[0]
 
     def fetch(self, i: int) -> tuple[bytes, int]:
         payload = self.record(i)
@@ -99,7 +99,7 @@ class FaceRecordDataset(Source):
         return payload[start:], label
 
     def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview, int]]:
-        plain = read_plain_images(self._file, self.index, self.keys[samples])
+        plain = read_plain_images(self.file, self.index, self.keys[samples])
         return [found or self.fetch(i) for i, found in zip(samples.tolist(), plain, strict=True)]
 
     def _parse(self, i: int, payload: bytes) -> tuple[int, int]:
@@ -134,7 +134,7 @@ class FaceRecordDataset(Source):
     def _read_labels(self, samples: np.ndarray) -> np.ndarray:
         def part(start: int) -> np.ndarray:
             chosen = samples[start : start + LABELS_AT_ONCE]
-            labels = read_plain_labels(self._file, self.index, self.keys[chosen])
+            labels = read_plain_labels(self.file, self.index, self.keys[chosen])
             for row in np.flatnonzero(labels < 0).tolist():  # split, or something is wrong with it: that is said
                 labels[row] = self._parse(int(chosen[row]), self.record(int(chosen[row])))[1]
             return labels
@@ -143,14 +143,6 @@ class FaceRecordDataset(Source):
         with ThreadPoolExecutor(min(16, 4 * num_cores())) as pool:  # they wait for the disk, not for a core
             parts = pool.map(part, starts)
             return np.concatenate([np.empty(0, np.int64), *progress(parts, len(starts), "reading labels")])
-
-    def read_key(self, key: int) -> bytes:
-        """Payload of any record, header and identity records included."""
-        return read_key(self._file, self.index, key)
-
-    def scan(self, on_error: Callable[[RecordError], None] | None = None) -> Iterator[Scanned]:
-        """All records in the order of the file, whether the index knows them or not."""
-        return self._file.scan(on_error=on_error)
 
     def describe(self, i: int) -> str:
         key, offset, _ = self._place(i)
@@ -345,7 +337,7 @@ class ShardDataset(Source):
 
     def __init__(self, root: str | os.PathLike) -> None:
         self.paths, self._starts, self._entries, self.notes = open_shards(root)
-        self._files = ShardFiles(self.paths)
+        self.files = ShardFiles(self.paths)
         self.keys = np.arange(len(self._entries))
         self.labels = self._entries["label"]
         if len(self.keys) == 0:
@@ -367,7 +359,7 @@ class ShardDataset(Source):
         for row, (shard, offset, size, label) in enumerate(wanted):
             start, stop = stop, stop + size
             block = view[start:stop]
-            if self._files.read_into(shard, block, offset) != size:
+            if self.files.read_into(shard, block, offset) != size:
                 raise self.damaged(int(samples[row]), f"cut: its {size} bytes are not all there")
             found.append((block, label))
         return found

@@ -4,6 +4,7 @@ import numpy as np
 
 from dataset import FaceRecordDataset
 from mxnet_reader import RecordError
+from mxnet_reader.insightface import read_key
 from tools.rec.write import in_order
 from utils.progress import progress
 
@@ -54,11 +55,11 @@ def _check_index(data: FaceRecordDataset) -> list[str]:
     known, images = set(offsets.tolist()), set(data.keys.tolist())
     for key in (key for key in keys.tolist() if key not in images):
         try:
-            data.read_key(key)
+            read_key(data.file, index, key)
         except RecordError as error:
             problems.append(str(error))
     damaged: list[RecordError] = []
-    for record in data.scan(damaged.append):
+    for record in data.file.scan(on_error=damaged.append):
         if record.offset not in known:
             problems.append(f"{path}: a record of {record.size} bytes is not in the index (offset {record.offset})")
     problems += [str(error) for error in damaged if error.offset not in known]

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pickle import BUILD, BYTEARRAY8, DICT, FLOAT, FRAME, GET, INT, LONG, MARK, PUT, REDUCE, SETITEM, SETITEMS, STOP
+from pickle import BUILD, BYTEARRAY8, DICT, FRAME, GET, INT, LONG, MARK, PUT, REDUCE, SETITEM, SETITEMS, STOP
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,7 +147,7 @@ WEIGHT_NAMES = BIN_NAMES | {
 
 
 # Opcodes that stay as the standard library has them: push a value, make a sequence, append, memo, name a global.
-_KEPT = b"\x8001N\x88\x89JKM\x8aGSTUBC\x8eVX\x8c\x8d])}lt\x85\x86\x87aeqr\x94hjc\x93"
+_KEPT = b"F\x8001N\x88\x89JKM\x8aGSTUBC\x8eVX\x8c\x8d])}lt\x85\x86\x87aeqr\x94hjc\x93"
 
 
 class Opcodes(dict):
@@ -238,9 +238,6 @@ class SafeUnpickler(pickle._Unpickler):
         line = self._digits()
         self.append(line == b"01" if line in (b"00", b"01") else int(line.rstrip(b"L")))
 
-    def load_float(self) -> None:
-        self.append(float(self._digits()))
-
     def load_put(self) -> None:
         self.memo[_key(int(self._digits()))] = self.stack[-1]
 
@@ -282,7 +279,7 @@ class SafeUnpickler(pickle._Unpickler):
 
     dispatch = Opcodes({code: handler for code, handler in pickle._Unpickler.dispatch.items() if code in _KEPT})
     dispatch |= {MARK[0]: load_mark, STOP[0]: load_stop, FRAME[0]: load_frame, BYTEARRAY8[0]: load_bytearray8}
-    dispatch |= {INT[0]: load_number, LONG[0]: load_number, FLOAT[0]: load_float, PUT[0]: load_put, GET[0]: load_get}
+    dispatch |= {INT[0]: load_number, LONG[0]: load_number, PUT[0]: load_put, GET[0]: load_get}
     dispatch |= {SETITEM[0]: load_setitem, SETITEMS[0]: load_setitems, DICT[0]: load_dict}
     dispatch |= {REDUCE[0]: load_reduce, BUILD[0]: load_build}
 
