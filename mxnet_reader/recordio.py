@@ -169,7 +169,6 @@ class MXIndexedRecordIO(MXRecordIO):
 
     def __init__(self, idx_path: str | os.PathLike, uri: str | os.PathLike, flag: str, key_type: type = int) -> None:
         self.idx_path, self.key_type = os.fspath(idx_path), key_type
-        self.idx, self.keys, self.fidx, self.index = {}, [], None, None
         super().__init__(uri, flag)
 
     def open(self) -> None:

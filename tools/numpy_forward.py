@@ -7,17 +7,19 @@ Legend: B batch, C channels, H W map, F flattened features, T tokens, D embeddin
 """
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
 EPSILON = 1e-5
 
 
+@dataclass(frozen=True)
 class Weights:
     """Named arrays with the two spellings hidden."""
 
-    def __init__(self, state: dict[str, np.ndarray], from_torch: bool):
-        self.state, self.from_torch = state, from_torch
+    state: dict[str, np.ndarray]
+    from_torch: bool
 
     def get(self, name: str) -> np.ndarray:
         """The array called ``name``, float64; arcface-Paddle's ``._weight`` counts as ``.weight``."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,39 +37,26 @@ def open_source(path: str | Path, prefix: str = "train") -> Source:
     return build_source(kind, root=path, **({"prefix": prefix} if kind == "rec" else {}))
 
 
+@dataclass(frozen=True)
 class NetworkImages:
-    """Images at the network's size. Square ones are scaled; others only where ``resize`` allows to stretch them.
+    """Images at the network's size. Square ones are scaled; others only where ``resize`` allows to stretch them."""
 
-    Args:
-        get: i -> uint8 RGB [H, W, 3].
-        count: how many.
-        size: side in pixels.
-        name_of: what to call image i.
-        resize: stretch images that are not square.
-        keep: called with (i, the image as it was read).
-    """
-
-    def __init__(
-        self,
-        get: Callable[[int], np.ndarray],
-        count: int,
-        size: int,
-        name_of: Callable[[int], str],
-        resize: bool = False,
-        keep: Callable[[int, np.ndarray], None] | None = None,
-    ):
-        self._get, self._count, self.size, self.name_of = get, count, size, name_of
-        self._resize, self._keep = resize, keep
+    get: Callable[[int], np.ndarray]  # i -> uint8 RGB [H, W, 3]
+    count: int
+    size: int  # side in pixels
+    name_of: Callable[[int], str]  # what to call image i
+    resize: bool = False  # stretch images that are not square
+    keep: Callable[[int, np.ndarray], None] | None = None  # called with (i, the image as it was read)
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __getitem__(self, i: int) -> np.ndarray:
-        image = self._get(i)
-        if self._keep is not None:
-            self._keep(i, image)
+        image = self.get(i)
+        if self.keep is not None:
+            self.keep(i, image)
         height, width = image.shape[:2]
-        if height != width and not self._resize:
+        if height != width and not self.resize:
             wanted = "square aligned crops were expected, give --resize to stretch others"
             raise UserError(f"{self.name_of(i)}: {width}x{height} pixels; {wanted}")
         return fit_image(image, (self.size, self.size), "stretch")

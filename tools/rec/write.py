@@ -12,6 +12,7 @@ from mxnet_reader import RecordError
 from mxnet_reader.file import RecordFile
 from mxnet_reader.format import encode_record
 from utils.errors import UserError
+from utils.files import write_text
 from utils.progress import progress
 
 FLUSH_EVERY = 256
@@ -79,9 +80,7 @@ def write_records(
                 path.unlink(missing_ok=True)
         raise
     if num_classes is not None and image_size is not None:
-        property_part = Path(f"{prefix}.property.partial")
-        property_part.write_text(f"{num_classes},{image_size[0]},{image_size[1]}\n")
-        property_part.replace(prefix.parent / "property")
+        write_text(prefix.parent / "property", f"{num_classes},{image_size[0]},{image_size[1]}\n")
     rec_part.replace(rec)
     idx_part.replace(idx)
     journal.unlink()

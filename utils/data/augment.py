@@ -174,11 +174,11 @@ AUGMENTATIONS = {
 }
 
 
+@dataclass(frozen=True)
 class Augment:
     """The chosen augmentations one after the other, each with its probability."""
 
-    def __init__(self, steps: list[Callable]) -> None:
-        self.steps = steps
+    steps: list[Callable]
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         for step, draw in zip(self.steps, rng.random(len(self.steps)), strict=True):

@@ -39,13 +39,8 @@ class StepMetrics:
     def line(self) -> str:
         """One line for people."""
         parts = [
-            f"step {self.step}",
-            f"epoch {self.epoch:.2f}",
-            f"loss {self.loss:.4f}",
-            f"lr {self.lr:.3g}",
-            f"{self.images_s:.1f} images/s",
-            f"wait {100 * self.data_wait:.0f}%",
-            f"|g| {self.grad_norm:.3g}",
+            f"step {self.step}  epoch {self.epoch:.2f}  loss {self.loss:.4f}  lr {self.lr:.3g}",
+            f"{self.images_s:.1f} images/s  wait {100 * self.data_wait:.0f}%  |g| {self.grad_norm:.3g}",
         ]
         if self.theta_own is not None:
             parts.append(f"theta {self.theta_own:.1f}/{self.theta_other:.1f} deg")

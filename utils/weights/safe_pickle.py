@@ -15,6 +15,7 @@ import pickle
 import struct
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import BUILD, BYTEARRAY8, DICT, FRAME, GET, INT, LONG, MARK, PUT, REDUCE, SETITEM, SETITEMS, STOP
@@ -38,11 +39,12 @@ class UnsafePickleError(UserError):
     """A pickle that holds more than data, or is malformed. Nothing in it was executed."""
 
 
+@dataclass(eq=False)
 class Name:
     """A global that the policy knows. ``call``: what answers for it; None where it is an argument only."""
 
-    def __init__(self, full: str, call: Callable | None) -> None:
-        self.full, self.call = full, call
+    full: str
+    call: Callable | None = None
 
     def __call__(self, *arguments: object) -> object:
         if self.call is None:

@@ -10,6 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,13 @@ DTYPES = {
 STORAGES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@dataclass(eq=False)
 class _Storage:
     """A run of ``length`` values named ``key``; the bytes come later."""
 
-    def __init__(self, key: str, dtype: str, length: int) -> None:
-        self.key, self.dtype, self.length = key, dtype, length
+    key: str
+    dtype: str
+    length: int
 
     @property
     def itemsize(self) -> int:
@@ -70,11 +73,8 @@ class _Tensor:
         if not isinstance(storage, _Storage) or type(offset) is not int or offset < 0:
             raise TypeError("a tensor without a storage")
         for sides in (size, stride):
-            if (
-                not isinstance(sides, tuple)
-                or len(sides) > 32
-                or any(type(side) is not int or side < 0 for side in sides)
-            ):
+            odd = not isinstance(sides, tuple) or any(type(side) is not int or side < 0 for side in sides)
+            if odd or len(sides) > 32:
                 raise ValueError(f"a tensor of size or stride {str(sides)[:60]}")
         if len(size) != len(stride):
             raise ValueError(f"a tensor of size {size} with stride {stride}")
@@ -251,7 +251,7 @@ class _TorchPickler(pickle._Pickler):
 
     def persistent_id(self, item: object) -> tuple | None:
         if isinstance(item, _Storage):
-            return "storage", Name(f"torch.{STORAGES[item.dtype]}", None), item.key, "cpu", item.length
+            return "storage", Name(f"torch.{STORAGES[item.dtype]}"), item.key, "cpu", item.length
         return None
 
     def reducer_override(self, item: object) -> object:
