@@ -3,7 +3,9 @@
 import cv2
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
+from benchmarks.align import least_largest_distance
 from utils.photos.align import ARCFACE_TEMPLATE, align_face, similarity_transform
 
 
@@ -110,3 +112,20 @@ def test_a_small_face_is_the_plain_warp_and_a_face_outside_is_black():
     np.testing.assert_array_equal(align_face(photo, landmark), align_face(photo, landmark, antialias=False))
     assert not align_face(photo, np.array(ARCFACE_TEMPLATE) * 4 + 5000).any()
     assert not align_face(photo, np.array(ARCFACE_TEMPLATE) * 4 - 5000).any()
+
+
+def test_the_least_largest_distance_beside_a_linear_program():
+    """What benchmarks/align.py calls out of reach; there a distance is its largest component in 360 directions."""
+    rng = np.random.default_rng(2)
+    angle = np.arange(360) * np.pi / 180
+    for scale in (0.5, 2.0, 6.0):
+        landmark = np.array(ARCFACE_TEMPLATE) * 2 + rng.normal(size=(5, 2)) * scale
+        (x, y), (u, v) = landmark[[0, 1, 3, 4]].T, np.array(ARCFACE_TEMPLATE)[[0, 1, 3, 4]].T
+        rows, limits = [], []
+        for cosine, sine in zip(np.cos(angle), np.sin(angle), strict=True):
+            for k in range(4):  # cosine (a x - b y + s - u) + sine (b x + a y + t - v) <= distance
+                rows.append([cosine * x[k] + sine * y[k], sine * x[k] - cosine * y[k], cosine, sine, -1])
+                limits.append(cosine * u[k] + sine * v[k])
+        solved = linprog([0, 0, 0, 0, 1], rows, limits, bounds=[(None, None)] * 5)
+        assert solved.success
+        assert least_largest_distance(landmark) == pytest.approx(solved.fun, rel=1e-3)

@@ -63,6 +63,27 @@ def test_boxes_are_moved_squared_and_cut():
     assert not _cut(image, np.array([100.0, 100, 124, 124]), 24).any()
 
 
+@pytest.mark.parametrize("turn", [-0.6, 0.0, 0.4])
+def test_where_landmarks_are_placed_again(turn):
+    """A network that points at the brightest spot of each crop: the spot of the photo comes back, mirrored or not."""
+    spot_2 = np.array([143.3, 118.6])
+    y, x = np.mgrid[0:300, 0:320]
+    photo = (np.exp(-((x - spot_2[0]) ** 2 + (y - spot_2[1]) ** 2) / 50)[..., None] * [250, 250, 250]).astype(np.uint8)
+    turn_22 = 1.3 * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    landmark_152 = (TEMPLATE_52 @ turn_22.T + spot_2 - turn_22 @ (60, 60))[None]
+
+    def pointing(network, crop_NHWC):
+        mass_NHW = crop_NHWC[..., 0].astype(float)
+        total_N = mass_NHW.sum(axis=(1, 2))
+        at_N2 = np.stack([(mass_NHW.sum(axis=axis) @ (np.arange(48) + 0.5)) / total_N / 48 for axis in (1, 2)], axis=1)
+        return None, np.repeat(at_N2[:, None], 5, axis=1), None
+
+    network = object.__new__(Mtcnn)
+    network._output, network._run = None, pointing
+    found_152 = network._placed_again(photo, landmark_152)
+    assert np.abs(found_152 - spot_2).max() < 0.1
+
+
 def test_which_faces_are_chosen():
     faces = [DetectedFace(np.zeros((5, 2)), score, box) for score, box in
              ((0.9, (0, 0, 10, 10)), (0.8, (40, 40, 60, 60)), (0.7, (80, 0, 100, 30)))]  # fmt: skip
