@@ -3,7 +3,7 @@
 One file for the flow of an update; each part of it stands alone: margins are injected (``losses.py``), the draw is
 ``utils/head/draw.py``, the rows' optimiser ``utils/head/optimizers.py``, the arithmetic over class chunks (what
 ``utils/head/protocol.py`` declares) ``utils/head/paddle_kernel.py`` (any device) and ``utils/head/numpy_kernel.py``
-(CPU), collectives ``utils/distributed.py``.
+(CPU; ``numba_kernel.py`` where numba is installed), collectives ``utils/distributed.py``.
 ``docs/partial_fc.md`` derives what is used here.
 
 Legend: W ranks, B samples of a rank, G = W * B, D embedding size, C classes, N local classes, S rows of the update,
@@ -87,7 +87,8 @@ class PartialFC:
             of the draw stay as they are). AdamW is ``"sampled"``: its rows know nothing else.
         momentum, weight_decay, betas, epsilon: of the optimiser; ``weight_decay=None`` is 5e-4 for SGD, 0.1 for AdamW.
         dtype: of the stored rows, ``"float32"`` or ``"float64"``; math is float64 if either side is.
-        backend: ``"paddle"``, ``"numpy"`` (CPU only, threaded) or ``"auto"``: numpy on CPU.
+        backend: ``"paddle"``; on CPU also ``"numpy"`` (threaded) and ``"numba"`` (the same, element-wise passes fused);
+            ``"auto"``: on CPU numba where it is installed, else numpy.
         matmul_dtype: ``"fp32"``, ``"tf32"`` (float32 where the device has no such products) or ``"bf16"`` products,
             the last on GPU only; the targets' similarities, norms and softmax stay float32.
         num_threads: of the numpy backend; default: the cores this process may use, shared by the ranks.

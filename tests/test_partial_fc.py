@@ -1,6 +1,7 @@
 """The head in one process against the dense definition (tests/head_reference.py)."""
 
 import copy
+import importlib.util
 
 import numpy as np
 import paddle
@@ -25,7 +26,7 @@ CASES = {
     "filtered": (("arcface", {"interclass_threshold": 0.2}), (reference.arcface,), {"threshold": 0.2}),
     "focal": (("cosface", {"focal_gamma": 2.0, "s": 8.0}), (reference.cosface, 8.0), {"gamma": 2.0}),
 }
-BACKENDS = ["numpy", "paddle"]
+BACKENDS = ["numpy", "paddle", *(["numba"] if importlib.util.find_spec("numba") else [])]
 # Paddle 2.6 rounds Python numbers to float32 even beside float64 tensors.
 OLD = paddle.__version__.startswith("2.")
 LOSS, GRADIENT = (1e-6, 1e-5) if OLD else (1e-10, 1e-9)
@@ -164,12 +165,15 @@ def test_training_equals_a_dense_optimiser(backend, update):
 
 
 @pytest.mark.oldest
-def test_backends_agree_in_float32():
-    """The numpy and the Paddle kernel: same draw, same training to float32 rounding, over several chunk sizes."""
+# Without a threshold non-targets are left alone, and numba's passes take part.
+@pytest.mark.parametrize(("threshold", "update"), [(0.1, "dense"), (0.0, "dense"), (0.0, "sampled")])
+def test_backends_agree_in_float32(threshold, update):
+    """Every kernel: same draw, same training to float32 rounding, over several chunk sizes."""
     results = []
-    for backend, chunk, threads in (("paddle", 16, 1), ("numpy", 16, 1), ("numpy", 7, 3), ("numpy", 1024, 2)):
-        margin = build_margin("arcface", interclass_threshold=0.1)
-        options = {"backend": backend, "chunk_rows": chunk, "num_threads": threads}
+    sizes = [(backend, *size) for backend in BACKENDS if backend != "paddle" for size in ((16, 1), (7, 3), (1024, 2))]
+    for backend, chunk, threads in (("paddle", 16, 1), *sizes):
+        margin = build_margin("arcface", interclass_threshold=threshold)
+        options = {"backend": backend, "chunk_rows": chunk, "num_threads": threads, "update": update}
         head = PartialFC(200, 16, margin, 0.3, seed=4, **options)
         rng = np.random.default_rng(0)
         for _ in range(12):

@@ -1,5 +1,7 @@
 """Which implementation of the head's chunk arithmetic runs here."""
 
+import importlib.util
+
 import paddle
 
 from utils.errors import UserError
@@ -7,6 +9,8 @@ from utils.head.numpy_kernel import NumpyKernel
 from utils.head.paddle_kernel import PaddleKernel
 from utils.head.protocol import Kernel
 from utils.system import threads_of_rank
+
+BACKENDS = ("auto", "paddle", "numpy", "numba")
 
 
 def build_kernel(
@@ -18,12 +22,20 @@ def build_kernel(
         UserError: an unknown name, or one that does not work on this device.
     """
     on_cpu = paddle.get_device() == "cpu"
-    if backend not in ("auto", "paddle", "numpy"):
-        raise UserError(f"backend: {backend!r} is not one of auto, paddle, numpy")
-    if backend == "numpy" and not on_cpu:
-        raise UserError(f"backend: 'numpy' works on CPU, the device is {paddle.get_device()}")
+    if backend not in BACKENDS:
+        raise UserError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend in ("numpy", "numba") and not on_cpu:
+        raise UserError(f"backend: {backend!r} works on CPU, the device is {paddle.get_device()}")
+    has_numba = importlib.util.find_spec("numba") is not None
+    if backend == "numba" and not has_numba:
+        raise UserError("backend: 'numba' needs the package numba: pip install numba, or use 'numpy'")
     if on_cpu and matmul_dtype not in ("fp32", "tf32"):  # tf32 allows what a CPU need not make use of
         raise UserError(f"matmul_dtype: {matmul_dtype!r} needs a GPU; on CPU use 'fp32'")
-    if backend == "numpy" or (backend == "auto" and on_cpu):
-        return NumpyKernel(num_threads or threads_of_rank(world_size), chunk_rows or 4096)
+    if backend in ("numpy", "numba") or (backend == "auto" and on_cpu):
+        num_threads, chunk_rows = num_threads or threads_of_rank(world_size), chunk_rows or 4096
+        if has_numba and backend != "numpy":
+            from utils.head.numba_kernel import NumbaKernel
+
+            return NumbaKernel(num_threads, chunk_rows)
+        return NumpyKernel(num_threads, chunk_rows)
     return PaddleKernel(chunk_rows or (4096 if on_cpu else 16384), matmul_dtype)

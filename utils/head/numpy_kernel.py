@@ -42,7 +42,7 @@ class NumpyPass:
         self._ids_S, self._num_rows = draw.ids_S, draw.num_rows
 
     def forward(self, *, u_GD: paddle.Tensor, targets: Targets, keep: bool) -> Forward:
-        bank, margin, ids_S, chunk_rows = self._bank, self._margin, self._ids_S, self._kernel.chunk_rows
+        margin, chunk_rows = self._margin, self._kernel.chunk_rows
         (num_samples, dim), dtype = u_GD.shape, view(u_GD).dtype
         scaled_DG = np.ascontiguousarray(view(u_GD).T) * margin.scale
         exp_SG = np.empty([self._num_rows, num_samples], dtype)
@@ -55,25 +55,17 @@ class NumpyPass:
             top_G, sum_G = np.full(num_samples, NO_MAX, dtype), np.zeros(num_samples)
             pull_GD, buffer_RD = np.zeros([num_samples, dim], dtype), np.empty([chunk_rows, dim], dtype)
             for k, start, stop in share:
-                w_RD = bank.caught_up_weight(ids_S, start, stop, buffer_RD)
-                inv_R1 = inverse_norm(w_RD) if margin.normalize_weight else np.ones([stop - start, 1], dtype)
-                z_RG, keep_others = np.matmul(w_RD, scaled_DG, out=exp_SG[start:stop]), None
-                z_RG *= inv_R1
+                w_RD, inv_R1 = self._rows(start, stop, buffer_RD)
+                z_RG = np.matmul(w_RD, scaled_DG, out=exp_SG[start:stop])
                 at = row_t, col_t = targets_of_chunk(targets, start, stop)
-                q_G[col_t], inv_G[col_t] = z_RG[at] / margin.scale, inv_R1[row_t, 0]
+                inv_G[col_t] = inv_R1[row_t, 0]
+                q_G[col_t] = z_RG[at] * inv_G[col_t] / margin.scale
                 w_GD[col_t] = w_RD[row_t] * inv_R1[row_t]
-                if margin.changes_others:
-                    z_RG[:], keep_others = margin.others(z_RG / margin.scale)
-                    z_RG *= margin.scale
-                z_RG[at] = -np.inf
-                np.maximum(top_G, z_RG.max(axis=0), out=shift_KG[k])
-                z_RG -= shift_KG[k]
-                np.exp(z_RG, out=z_RG)
+                part_G = self._exponentials(z_RG, inv_R1, at, top_G, shift_KG[k], keep)
                 fade_G = np.exp(top_G - shift_KG[k])
-                sum_G = sum_G * fade_G + z_RG.sum(axis=0)
+                sum_G = sum_G * fade_G + part_G
                 top_G = shift_KG[k]
                 if keep:
-                    z_RG *= inv_R1 if keep_others is None else inv_R1 * keep_others
                     pull_GD *= fade_G[:, None]
                     pull_GD += z_RG.T @ w_RD
             return top_G, sum_G, pull_GD
@@ -84,6 +76,34 @@ class NumpyPass:
         pull_GD = sum(part[2] * np.exp(part[0] - top_G)[:, None] for part in parts)
         *tensors, inv_G = map(paddle.to_tensor, (top_G, sum_G, pull_GD, mine_G, q_G, w_GD, inv_G))
         return Forward(*tensors, Residuals(exp_SG, shift_KG, u_GD, targets, inv_G) if keep else None)
+
+    def _rows(self, start: int, stop: int, buffer_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(up-to-date rows of a chunk, in the buffer or stored ones; their inverse norms [R, 1])."""
+        w_RD = self._bank.caught_up_weight(self._ids_S, start, stop, buffer_RD)
+        return w_RD, inverse_norm(w_RD) if self._margin.normalize_weight else np.ones([stop - start, 1], w_RD.dtype)
+
+    def _exponentials(self, z_RG, inv_R1, at: tuple, top_G, shift_G, keep: bool) -> np.ndarray:
+        """Turn products into ``exp(z - shift)``, 0 at the targets ``at``; returns their sums [G].
+
+        Args:
+            z_RG: scale * w u, overwritten: times ``inv`` at the end if they are to be kept.
+            inv_R1: inverse norms of the rows.
+            at: (rows, columns) of the targets, rows ascending.
+            top_G: maximum of the chunks before; ``shift_G`` is set to that with this chunk.
+        """
+        margin, keep_others = self._margin, None
+        z_RG *= inv_R1
+        if margin.changes_others:
+            z_RG[:], keep_others = margin.others(z_RG / margin.scale)
+            z_RG *= margin.scale
+        z_RG[at] = -np.inf
+        np.maximum(top_G, z_RG.max(axis=0), out=shift_G)
+        z_RG -= shift_G
+        np.exp(z_RG, out=z_RG)
+        sum_G = z_RG.sum(axis=0)
+        if keep:
+            z_RG *= inv_R1 if keep_others is None else inv_R1 * keep_others
+        return sum_G
 
     def cosines(self, *, unit_GD: paddle.Tensor, targets: Targets) -> tuple[paddle.Tensor, paddle.Tensor]:
         (num_samples, dim), unit_DG = unit_GD.shape, np.ascontiguousarray(view(unit_GD).T)
@@ -109,29 +129,28 @@ class NumpyPass:
         return dense
 
     def apply(self, *, residuals: list[Residuals], dense, lr: float, grad_scale: float) -> None:
-        bank, ids_S = self._bank, self._ids_S
-        dtype = residuals[0].exp.dtype if residuals else dense.dtype
-        project = float(self._margin.normalize_weight)
-
         def work(share):
             for k, start, stop in share:
-                grad_RD = _pull_on_rows(k, start, stop, residuals, dense)
-                for low, high in split_pieces(start, stop, grad_RD):
-                    update(low, high, grad_RD[low - start : high - start])
+                self._step(start, stop, _pull_on_rows(k, start, stop, residuals, dense), lr, grad_scale)
 
-        def update(start: int, stop: int, grad_RD: np.ndarray) -> None:
-            rows = slice(start, stop) if ids_S is None else ids_S[start:stop]
-            w_RD, *slots = bank.caught_up_rows(rows, dtype)
+        self._kernel.run(work, self._num_rows)
+
+    def _step(self, start: int, stop: int, grad_RD: np.ndarray, lr: float, grad_scale: float) -> None:
+        """Project the gradient of a chunk, which is overwritten, and apply it."""
+        bank = self._bank
+        for low, high in split_pieces(start, stop, grad_RD):
+            rows = slice(low, high) if self._ids_S is None else self._ids_S[low:high]
+            g_RD = grad_RD[low - start : high - start]
+            w_RD, *slots = bank.caught_up_rows(rows, g_RD.dtype)
             if grad_scale != 1:
-                grad_RD *= grad_scale
-            along_R1 = np.einsum("rd,rd->r", grad_RD, w_RD)[:, None] * inverse_norm(w_RD) ** 2 * project
-            count_R = (bank.stamp_N[rows] + 1).astype(dtype)
-            chunks = bank.optimizer.step(w_RD, slots, grad_RD, along_S1=along_R1, lr=lr, count_S=count_R)
+                g_RD *= grad_scale
+            along_R1 = np.einsum("rd,rd->r", g_RD, w_RD)[:, None] * inverse_norm(w_RD) ** 2
+            along_R1 *= float(self._margin.normalize_weight)
+            count_R = (bank.stamp_N[rows] + 1).astype(g_RD.dtype)
+            chunks = bank.optimizer.step(w_RD, slots, g_RD, along_S1=along_R1, lr=lr, count_S=count_R)
             for stored, chunk_RD in zip(map(view, (bank.weight, *bank.slots)), chunks, strict=True):
                 if not np.may_share_memory(stored, chunk_RD):
                     stored[rows] = chunk_RD
-
-        self._kernel.run(work, self._num_rows)
 
 
 def _pull_on_rows(k: int, start: int, stop: int, residuals: list[Residuals], dense_SD):

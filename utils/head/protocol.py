@@ -1,7 +1,7 @@
 """What a kernel of the head is: the arithmetic of one update over this rank's class rows.
 
-Two do it: ``numpy_kernel.py`` (CPU, threads) and ``paddle_kernel.py`` (any device). ``partial_fc.py`` sees this file's
-types alone; tests hold the two kernels equal.
+``numpy_kernel.py`` (CPU, threads; ``numba_kernel.py`` fuses its passes) and ``paddle_kernel.py`` (any device) do it.
+``partial_fc.py`` sees this file's types alone; tests hold the kernels equal.
 
 Legend: N local rows, S rows of the update, G samples of all ranks, D row length, T targets on this shard, K chunks.
 """
