@@ -88,7 +88,7 @@ class PartialFC:
         momentum, weight_decay, betas, epsilon: of the optimiser; ``weight_decay=None`` is 5e-4 for SGD, 0.1 for AdamW.
         dtype: of the stored rows, ``"float32"`` or ``"float64"``; math is float64 if either side is.
         backend: ``"paddle"``; on CPU also ``"numpy"`` (threaded) and ``"numba"`` (the same, element-wise passes fused);
-            ``"auto"``: on CPU numba where it is installed, else numpy.
+            ``"auto"``: on CPU numba where it is installed and there are 20,000 classes or more, else numpy.
         matmul_dtype: ``"fp32"``, ``"tf32"`` (float32 where the device has no such products) or ``"bf16"`` products,
             the last on GPU only; the targets' similarities, norms and softmax stay float32.
         num_threads: of the numpy backend; default: the cores this process may use, shared by the ranks.
@@ -134,7 +134,7 @@ class PartialFC:
         )
         self._kernel = build_kernel(
             backend=backend, matmul_dtype=matmul_dtype, num_threads=num_threads, chunk_rows=chunk_rows,
-            world_size=world_size,
+            num_classes=num_classes, world_size=world_size,
         )  # fmt: skip
         self._bank = RowBank(
             self.shard.start, self.shard.num_local, embedding_size, optimizer=self._optimizer, seed=seed, dtype=dtype

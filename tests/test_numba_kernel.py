@@ -63,7 +63,9 @@ def test_what_is_not_finite_stays(value):
     ],
     ids=["default", "sampled", "adamw", "float64", "interclass"],
 )
-def test_auto_takes_it_and_it_leaves_the_rest_to_numpy(margin, options, covered):
+def test_auto_takes_it_for_many_classes_and_it_leaves_the_rest_to_numpy(margin, options, covered, monkeypatch):
+    monkeypatch.setattr("utils.head.kernel.NUMBA_CLASSES", 20)
+    assert not isinstance(PartialFC(19, 8, build_margin("arcface"))._kernel, NumbaKernel)
     head = PartialFC(20, 8, build_margin("arcface", **margin), 0.5, **options)
     assert isinstance(head._kernel, NumbaKernel)
     used, real = [], head._kernel.begin

@@ -11,10 +11,17 @@ from utils.head.protocol import Kernel
 from utils.system import threads_of_rank
 
 BACKENDS = ("auto", "paddle", "numpy", "numba")
+NUMBA_CLASSES = 20_000  # from here on a run of a few steps saves more than the second and a half that compiling takes
 
 
 def build_kernel(
-    *, backend: str, matmul_dtype: str, num_threads: int | None, chunk_rows: int | None, world_size: int
+    *,
+    backend: str,
+    matmul_dtype: str,
+    num_threads: int | None,
+    chunk_rows: int | None,
+    num_classes: int,
+    world_size: int,
 ) -> Kernel:
     """The kernel that ``PartialFC``'s arguments of the same names ask for, on the current device.
 
@@ -33,7 +40,8 @@ def build_kernel(
         raise UserError(f"matmul_dtype: {matmul_dtype!r} needs a GPU; on CPU use 'fp32'")
     if backend in ("numpy", "numba") or (backend == "auto" and on_cpu):
         num_threads, chunk_rows = num_threads or threads_of_rank(world_size), chunk_rows or 4096
-        if has_numba and backend != "numpy":
+        # Judged by all ranks' classes: the same at any number of ranks.
+        if backend == "numba" or (backend == "auto" and has_numba and num_classes >= NUMBA_CLASSES):
             from utils.head.numba_kernel import NumbaKernel
 
             return NumbaKernel(num_threads, chunk_rows)
