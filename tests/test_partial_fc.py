@@ -175,7 +175,7 @@ def test_backends_agree_in_float32(threshold, update):
         margin = build_margin("arcface", interclass_threshold=threshold)
         options = {"backend": backend, "chunk_rows": chunk, "num_threads": threads, "update": update}
         head = PartialFC(200, 16, margin, 0.3, seed=4, **options)
-        rng = np.random.default_rng(1)  # no cosine comes so near to the threshold that rounding decides
+        rng = np.random.default_rng(23)  # no cosine comes within 2e-4 of the threshold, where rounding would decide
         for _ in range(12):
             x = paddle.to_tensor(rng.normal(size=(9, 16)).astype("float32"), stop_gradient=False)
             loss = head(x, paddle.to_tensor(rng.integers(0, 200, 9)))
