@@ -29,12 +29,14 @@ from paddle.base import core
 
 from backbones import build_backbone
 from utils.errors import CommandLine, UserError, one_line_errors
+from utils.head.kernel import takes_numba
 from utils.system import available_memory, peak_bytes, reset_peak
 
 GIB = 2**30
 FLOAT = 4
 # Beside what is counted: buffers of BLAS and thread arenas of the head, measured with benchmarks/head.py on CPU.
 CPU_OVERHEAD = 24 * 2**20
+NUMBA_MEMORY = 125 * 2**20  # itself and what it compiled
 PROBES = (2, 6)  # images of the two measured steps
 CHUNK_ROWS = {"cpu": 4096, "gpu": 16384}
 
@@ -163,6 +165,7 @@ def predict_memory(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
         if setup.device == "cpu" or setup.sample_rate == 1
         else (1 + slots) * sampled * dim * FLOAT,
         "overhead of the process": CPU_OVERHEAD if setup.device == "cpu" else 0,
+        "numba": NUMBA_MEMORY if setup.device == "cpu" and takes_numba(setup.classes) else 0,
     }
 
 
@@ -174,7 +177,7 @@ def predict_traffic(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
         "backbone gradients (all-reduce)": int(2 * share * facts.parameters),
         "embeddings (all-gather)": int(share * samples * dim * FLOAT),
         "embedding gradients (reduce-scatter)": int(share * samples * (dim + 1) * FLOAT),
-        "softmax maximum, sum, target (all-reduce)": int(2 * share * 3 * samples * FLOAT),
+        "softmax maximum, sum, target (all-gather)": int(share * setup.ranks * 3 * samples * FLOAT),
         "labels (all-gather)": int(2 * share * samples * 8),
     }
 

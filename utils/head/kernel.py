@@ -14,6 +14,16 @@ BACKENDS = ("auto", "paddle", "numpy", "numba")
 NUMBA_CLASSES = 20_000  # from here on a run of a few steps saves more than the second and a half that compiling takes
 
 
+def has_numba() -> bool:
+    """Whether the fused passes can be had here."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def takes_numba(num_classes: int) -> bool:
+    """Whether ``auto`` fuses its passes on CPU. Judged by the classes of all ranks: the same at any number of them."""
+    return num_classes >= NUMBA_CLASSES and has_numba()
+
+
 def build_kernel(
     *,
     backend: str,
@@ -33,15 +43,13 @@ def build_kernel(
         raise UserError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend in ("numpy", "numba") and not on_cpu:
         raise UserError(f"backend: {backend!r} works on CPU, the device is {paddle.get_device()}")
-    has_numba = importlib.util.find_spec("numba") is not None
-    if backend == "numba" and not has_numba:
+    if backend == "numba" and not has_numba():
         raise UserError("backend: 'numba' needs the package numba: pip install numba, or use 'numpy'")
     if on_cpu and matmul_dtype not in ("fp32", "tf32"):  # tf32 allows what a CPU need not make use of
         raise UserError(f"matmul_dtype: {matmul_dtype!r} needs a GPU; on CPU use 'fp32'")
     if backend in ("numpy", "numba") or (backend == "auto" and on_cpu):
         num_threads, chunk_rows = num_threads or threads_of_rank(world_size), chunk_rows or 4096
-        # Judged by all ranks' classes: the same at any number of ranks.
-        if backend == "numba" or (backend == "auto" and has_numba and num_classes >= NUMBA_CLASSES):
+        if backend == "numba" or (backend == "auto" and takes_numba(num_classes)):
             from utils.head.numba_kernel import NumbaKernel
 
             return NumbaKernel(num_threads, chunk_rows)
