@@ -140,7 +140,7 @@ def predict_memory(setup: Setup, facts: BackboneFacts) -> dict[str, int]:
     dim, samples = setup.embedding_size, setup.batch * setup.ranks
     slots = 2 if setup.optimizer == "adamw" else 1
     half = setup.precision != "fp32"
-    # Exponentials are kept until they would cost more than row gradients (partial_fc.py, _add_record).
+    # Exponentials are kept until they would cost more than row gradients (``PartialFC._keep``).
     kept = min(setup.accumulate, max(dim // samples, 0))
     folded = setup.accumulate > kept
     logits = sampled * samples * FLOAT * (1 if folded and kept == 0 else min(setup.accumulate, kept + folded))

@@ -82,6 +82,13 @@ class DeviceTargets:
     cut_U: list[int]
     num_unique: int
 
+    def masked(self, z_RG: paddle.Tensor, k: int, value_1: paddle.Tensor) -> paddle.Tensor:
+        """``z_RG`` of chunk k with the value at the targets, in place."""
+        low, high = self.cut_T[k : k + 2]
+        if high == low:
+            return z_RG
+        return paddle.index_put_(z_RG, (self.row_T._slice(low, high), self.col_T._slice(low, high)), value_1)
+
 
 class PaddlePass:
     """One update; see ``protocol.RowPass``."""
@@ -187,9 +194,7 @@ class PaddlePass:
             if margin.changes_others:
                 q_RG, keep_others = margin.others(z_RG / margin.scale)
                 z_RG = q_RG * margin.scale
-            low, high = at.cut_T[k : k + 2]
-            if high > low:
-                z_RG = paddle.index_put_(z_RG, (at.row_T._slice(low, high), at.col_T._slice(low, high)), masked)
+            z_RG = at.masked(z_RG, k, masked)
             top_G = z_RG.max(0)
             exp_RG = z_RG.subtract_(top_G).exp_()
             tops.append(top_G)
@@ -225,10 +230,7 @@ class PaddlePass:
         for k, start, stop in self._chunks:
             q_RG = self._kernel.matmul(self._tensors[0]._slice(start, stop), unit_GD, transpose_y=True, exact=True)
             q_RG = q_RG.multiply_(inv_S1._slice(start, stop))
-            low, high = at.cut_T[k : k + 2]
-            if high > low:
-                q_RG = paddle.index_put_(q_RG, (at.row_T._slice(low, high), at.col_T._slice(low, high)), masked)
-            top_G = paddle.maximum(top_G, q_RG.max(0))
+            top_G = paddle.maximum(top_G, at.masked(q_RG, k, masked).max(0))
         w_GD = paddle.gather(self._tensors[0], at.row_G) * paddle.gather(inv_S1, at.row_G)
         return (w_GD * unit_GD).sum(-1) * at.mine_G.astype(unit_GD.dtype), top_G
 
