@@ -6,13 +6,12 @@ group is compared as a whole with every part of the data set, at thresholds for 
 Legend: M test images, U people (groups) of the test set, K parts of the data set, D embedding size.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from eval.bins import read_bin
 from eval.embed import Embedder
@@ -20,22 +19,20 @@ from eval.features import aligned_image
 from eval.protocols import read_ijb
 from eval.stream import digest, embed_to_file
 from tools.clean.analysis import Findings
-from tools.clean.parts import add_to_sums, threshold_at
-from tools.clean.reading import source_stamp
-from tools.clean.rows import BLOCK_BYTES, Rows
-from tools.clean.statistics import DEFAULT_RULE, SIZES, Rule, agreement, directions, halfway, halves
+from tools.clean.parts import closest_parts, others_reach, sums_of, threshold_at
+from tools.clean.reading import kept_array, source_stamp
+from tools.clean.rows import Rows, joined
+from tools.clean.statistics import DEFAULT_RULE, Rule, agreement, directions, halfway, halves
 from tools.sources import NetworkImages, open_source, pixel_digest
-from utils import distributed
 from utils.decode import DecodeError, decode_image
 from utils.errors import UserError
 from utils.images import find_image_files
 from utils.photos.faces import read_image
 from utils.vectors import scale_to_unit
 
-_BEST = 8  # parts looked at for each test person
 _FEWEST_GROUPS = 5  # people from whom the test set's own typical agreement is measured
 _PRIOR_PEOPLE = 10  # the data set's thresholds count as much as those of so many test people
-_MOST_HALVES = 8000
+_MOST_HALVED = 2000  # test people
 _DRAWS = 4  # random halves of a test person, for each size
 
 
@@ -80,8 +77,8 @@ def open_test_set(path: Path, name: str) -> TestSet:
     if path.suffix == ".bin":
         return _open_bin(path, name)
     if not path.exists():
-        raise UserError(f"--against {path}: no such file or folder; .bin sets, IJB folders, record sets and folders of "
-                        "images are read")  # fmt: skip
+        known = ".bin sets, IJB folders, record sets and folders of images are read"
+        raise UserError(f"--against {path}: no such file or folder; {known}")
     if (path / "meta").is_dir() and (path / "loose_crop").is_dir():
         return _open_ijb(path, name)
     if path.suffix == ".rec" or (path / "train.rec").is_file():
@@ -89,10 +86,8 @@ def open_test_set(path: Path, name: str) -> TestSet:
     return _open_folder(path, name)
 
 
-def _joined(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Numbers of the groups that pairs join, [count]."""
-    graph = coo_matrix((np.ones(len(left)), (left, right)), shape=(count, count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+def _stamp(path: Path, files: Iterable[Path]) -> str:
+    return digest([path.resolve(), *((file, file.stat().st_mtime_ns) for file in files)])
 
 
 def _open_bin(path: Path, name: str) -> TestSet:
@@ -114,7 +109,7 @@ def _open_bin(path: Path, name: str) -> TestSet:
 
     stat = path.stat()
     stamp = digest([path.resolve(), stat.st_size, stat.st_mtime_ns])
-    return TestSet(name, get, names, _joined(len(images), *pair_P2.T), stamp)
+    return TestSet(name, get, names, joined(len(images), *pair_P2.T), stamp)
 
 
 def _open_ijb(path: Path, name: str) -> TestSet:
@@ -124,14 +119,10 @@ def _open_ijb(path: Path, name: str) -> TestSet:
     protocol = read_ijb(path, lists[0].name.removesuffix("_face_tid_mid.txt"))
     template_T, template_M = np.unique(protocol.template_N, return_inverse=True)
     left, right = (np.searchsorted(template_T, side[protocol.same_P]) for side in (protocol.left_P, protocol.right_P))
-    stamp = digest([path.resolve(), *((file, file.stat().st_mtime_ns) for file in sorted((path / "meta").iterdir()))])
-
-    def get(i: int, size: int) -> np.ndarray:
-        return aligned_image(protocol, i, size)
-
-    return TestSet(
-        name, get, [[image] for image in protocol.image_N], _joined(len(template_T), left, right)[template_M], stamp
-    )
+    person_M = joined(len(template_T), left, right)[template_M]
+    names = [[image] for image in protocol.image_N]
+    stamp = _stamp(path, sorted((path / "meta").iterdir()))
+    return TestSet(name, lambda i, size: aligned_image(protocol, i, size), names, person_M, stamp)
 
 
 def _open_records(path: Path, name: str) -> TestSet:
@@ -146,13 +137,10 @@ def _open_folder(path: Path, name: str) -> TestSet:
     if not found.names:
         raise UserError(f"--against {path}: no images in it")
     # A folder an identity; what lies at the top is nobody's in particular.
-    owner = [f"{name.rpartition('/')[0]}/" if "/" in name else name for name in found.names]
+    owner = [f"{image.rpartition('/')[0]}/" if "/" in image else image for image in found.names]
     _, person_M = np.unique(owner, return_inverse=True)
-    paths = found.paths()
-    stamp = digest([path.resolve(), *((file, file.stat().st_mtime_ns) for file in paths)])
-    return TestSet(
-        name, lambda i, size: read_image(paths[i]), [[name] for name in found.names], person_M.astype(np.int64), stamp
-    )
+    paths, names = found.paths(), [[image] for image in found.names]
+    return TestSet(name, lambda i, size: read_image(paths[i]), names, person_M.astype(np.int64), _stamp(path, paths))
 
 
 def find_overlap(
@@ -172,7 +160,7 @@ def find_overlap(
         rule: how thresholds are read off.
         seed: of the random halves that thresholds are measured on.
     """
-    person_k, _, part_k = _compare(test_rows, findings, rule, np.random.default_rng(seed))
+    person_k, part_k = _compare(test_rows, findings, rule, np.random.default_rng(seed))
     found: dict[int, list[np.ndarray]] = {}
     for person, part in zip(person_k.tolist(), part_k.tolist(), strict=True):
         found.setdefault(int(findings.parts.identity_K[part]), []).append(test_rows.images_of(person))
@@ -202,54 +190,34 @@ def embed_test_set(test: TestSet, embedder: Embedder, folder: Path, resize: bool
         UserError: a test image that cannot be read or embedded.
     """
     stem = digest([test.stamp, len(test.names_M), embedder.identity, embedder.embedding_size, resize])
-    features, pixels = folder / f"{stem}.npy", folder / f"{stem}.pixels.npy"
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{test.name}: image {image}" for image, *_ in test.names_M]
-    with distributed.together():
-        if distributed.get_rank() == 0 and not pixels.is_file():
-            np.lib.format.open_memmap(pixels, "w+", np.uint64, (len(names),)).flush()
+    features, names = folder / f"{stem}.npy", [f"{test.name}: image {image}" for image, *_ in test.names_M]
+    pixels_M = kept_array(folder / f"{stem}.pixels.npy", np.uint64, (len(names),))
     if not features.is_file():
-        pixels_M = np.load(pixels, mmap_mode="r+")
+        side, name_of = embedder.input_size, names.__getitem__
 
         def keep(i: int, image: np.ndarray) -> None:
             pixels_M[i] = pixel_digest(image)
 
-        images = NetworkImages(
-            lambda i: test.get(i, embedder.input_size), len(names), embedder.input_size, names.__getitem__, resize, keep
-        )
-        embed_to_file(embedder, images, features, flip="add", key=stem, name_of=names.__getitem__)
+        images = NetworkImages(lambda i: test.get(i, side), len(names), side, name_of, resize, keep)
+        embed_to_file(embedder, images, features, flip="add", key=stem, name_of=name_of)
         pixels_M.flush()
-    rows = Rows.of(np.load(features, mmap_mode="r"), test.person_M, names.__getitem__)
-    return rows, np.load(pixels, mmap_mode="r")
+    return Rows.of(np.load(features, mmap_mode="r"), test.person_M, names.__getitem__), pixels_M
 
 
-def _compare(test_rows: Rows, findings: Findings, rule: Rule, rng: np.random.Generator):
-    """(test people, closenesses, parts) of the same person, one entry a pair."""
-    count_U = test_rows.count_L
-    sum_UD = np.zeros((test_rows.num_identities, test_rows.embedding_size), np.float32)
-    for image_B, unit_BD in test_rows.blocks():
-        add_to_sums(test_rows.identity_N[image_B], unit_BD, np.ones(len(image_B), np.float32), sum_UD)
+def _compare(
+    test_rows: Rows, findings: Findings, rule: Rule, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(test people, parts) that are one person, one entry a pair."""
+    count_U, parts = test_rows.count_L, findings.parts
+    sum_UD = sums_of(test_rows, test_rows.identity_N, test_rows.num_identities)
     # The test people may scatter more than those of the data set, which the network may have been trained on.
     agreement_U = agreement(sum_UD, count_U)[count_U >= 4 if (count_U >= 4).sum() >= _FEWEST_GROUPS else count_U >= 2]
-    typical = max(float(np.median(agreement_U)), 1e-3) if len(agreement_U) >= _FEWEST_GROUPS else findings.parts.typical
-    values: dict[int, list[float]] = {size: [] for size in SIZES}
-    for _, _, unit_nD in test_rows.identity_blocks():
-        if len(unit_nD) > 1 and len(values[1]) < _MOST_HALVES:
-            for size in (size for size in SIZES if len(unit_nD) >= 2 * size):
-                values[size] += [halves(unit_nD, size, typical, rng) for _ in range(_DRAWS)]
-    direction_UD = directions(sum_UD, count_U, typical)
-    direction_KD = findings.parts.direction_KD
-    num_parts = len(direction_KD)
-    most = min(_BEST, num_parts)
-    best_UM = np.empty((len(direction_UD), most), np.int64)
-    close_UM = np.empty((len(direction_UD), most), np.float32)
-    height = max(1, BLOCK_BYTES // (4 * num_parts))
-    for first in range(0, len(direction_UD), height):
-        score = direction_UD[first : first + height] @ direction_KD.T
-        score[:, findings.parts.count_K == 0] = -np.inf
-        best = np.argpartition(score, num_parts - most, axis=1)[:, num_parts - most :]
-        best_UM[first : first + len(score)] = best
-        close_UM[first : first + len(score)] = np.take_along_axis(score, best, 1)
+    typical = max(float(np.median(agreement_U)), 1e-3) if len(agreement_U) >= _FEWEST_GROUPS else parts.typical
+    units = (unit_nD for _, _, unit_nD in test_rows.identity_blocks() if len(unit_nD) > 1)
+    values = halves(itertools.islice(units, _MOST_HALVED), _DRAWS, typical, rng)
+    best_UM, close_UM = closest_parts(
+        directions(sum_UD, count_U, typical), parts.direction_KD, parts.count_K, show_progress=False
+    )
     falls_to = dict(findings.falls_to)
     for size, found in values.items():  # the test people may be harder for the network than its own
         share = len(found) / (len(found) + _DRAWS * _PRIOR_PEOPLE)
@@ -257,12 +225,10 @@ def _compare(test_rows: Rows, findings: Findings, rule: Rule, rng: np.random.Gen
         if low < falls_to.get(size, np.inf):
             falls_to[size] = (1 - share) * falls_to.get(size, low) + share * low
     # The closest identity may be the person; the second closest is not, so that it tells how far others reach.
-    second = np.partition(close_UM, -2, axis=1)[:, -2] if most > 1 else np.empty(0)
-    second = second[np.isfinite(second)]
-    reach = rule.fence(second, 1) if len(second) else np.inf
+    reach = others_reach(rule, close_UM[:, 1:2])
     thresholds = {size: halfway(reach, low) for size, low in falls_to.items()}
     if 1 in thresholds:  # a single image is weak evidence, and there are many of them: in doubt it is another person
         thresholds[1] = max(thresholds[1], reach)
-    smaller_UM = np.minimum(count_U[:, None], findings.parts.count_K[best_UM])
+    smaller_UM = np.minimum(count_U[:, None], parts.count_K[best_UM])
     person, column = np.nonzero(close_UM > threshold_at(thresholds, smaller_UM))
-    return person, close_UM[person, column], best_UM[person, column]
+    return person, best_UM[person, column]

@@ -14,6 +14,7 @@ Legend: N images, L identities, K parts (people within identities), M nearest pa
 block, S sampled identities, F found images, P found pairs.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +26,13 @@ from tools.clean.parts import (
     linked_parts,
     nearest_parts,
     number_parts,
+    others_reach,
     same_pairs,
-    same_thresholds,
     several_cosines,
 )
 from tools.clean.people import find_people, typical_agreement
 from tools.clean.rows import BLOCK_BYTES, Rows
-from tools.clean.statistics import DEFAULT_RULE, Rule
+from tools.clean.statistics import DEFAULT_RULE, Rule, halfway
 from utils.progress import progress_bar
 
 _SAMPLED = 2000  # identities that thresholds are measured on
@@ -100,7 +101,8 @@ def analyse(rows: Rows, rule: Rule = DEFAULT_RULE, seed: int = 0, show_progress:
     )
     falls_to = halves_fall_to(rows, parts, rule=rule, sample_S=sample_S, rng=rng)
     near_KM, close_KM = nearest_parts(parts.direction_KD, parts.identity_K, parts.count_K, show_progress)
-    same = same_thresholds(rule, close_KM[:, 0], falls_to)
+    reach = others_reach(rule, close_KM[:, 0])
+    same = {size: halfway(reach, low) for size, low in falls_to.items()}  # size of the smaller part
     linked_KM = linked_parts(near_KM, close_KM, parts.count_K, same)
     compared = _compare_images(rows, parts, near_KM=near_KM, linked_KM=linked_KM, rng=rng, show_progress=show_progress)
     threshold = _outlier_threshold(rule, compared)
@@ -151,7 +153,12 @@ def _compare_images(
     wrong, share = [], 1 + num_images // 4_000_000  # a sample is enough for a quantile
     height = max(1, BLOCK_BYTES // (4 * num_parts))
     score_BK = np.empty((height, num_parts), np.float32)
-    excluded_of: dict[int, np.ndarray] = {}
+
+    @functools.lru_cache(1024)
+    def excluded_of(part: int) -> np.ndarray:
+        """Parts that are the same person."""
+        return np.array([*parts.of_same_identity(part), *near_KM[part][linked_KM[part]]])
+
     with progress_bar("images x identities", num_images, enabled=show_progress) as advance:
         for image_B, unit_BD in rows.blocks(height):
             part_B, counted_B = part_N[image_B], parts.counted_N[image_B].astype(np.float32)
@@ -161,15 +168,9 @@ def _compare_images(
             random_close_B = score[np.arange(len(image_B)), random_B].copy()
             random_other_B = (identity_K[random_B] != identity_K[part_B]) & (count_K[random_B] > 0)
             score[:, empty] = -np.inf
-            excluded_of = {part: excluded_of.get(part) for part in np.unique(part_B).tolist()}
             for row, part in enumerate(part_B.tolist()):
-                excluded = excluded_of[part]
-                if excluded is None:
-                    excluded = excluded_of[part] = np.array(
-                        [*parts.of_same_identity(part), *near_KM[part][linked_KM[part]]]
-                    )
-                score[row, excluded] = -np.inf
-                random_other_B[row] &= random_B[row] not in excluded
+                score[row, excluded_of(part)] = -np.inf
+                random_other_B[row] &= random_B[row] not in excluded_of(part)
             best_B = score.argmax(1)
             best_close_B = score[np.arange(len(image_B)), best_B]
             known = np.isfinite(best_close_B)

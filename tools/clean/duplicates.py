@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from tools.clean.reading import THUMBNAIL
-from tools.clean.rows import Rows
+from tools.clean.rows import Rows, joined
 
 NEAR_COSINE = 0.9
 NEAR_PIXELS = 0.995  # correlation of the thumbnails, or of one with the other's mirror image
@@ -68,8 +68,6 @@ def near_pairs(
     """[P, 2] near duplicates.
 
     Args:
-        rows: embeddings.
-        thumbnail_NP: uint8.
         same_P2: identities that are one person.
         close_F, nearest_F: images that are closer to another identity, and that identity.
         advance: called with images done.
@@ -78,8 +76,7 @@ def near_pairs(
     def candidates() -> Iterable[np.ndarray]:
         for identity, image_n, unit_nD in rows.identity_blocks():
             if len(image_n) == rows.count_L[identity] <= _BLOCK:
-                row, column = np.nonzero(np.triu(unit_nD @ unit_nD.T >= NEAR_COSINE, 1))
-                yield np.stack([image_n[row], image_n[column]], 1)
+                yield image_n[np.argwhere(np.triu(unit_nD @ unit_nD.T >= NEAR_COSINE, 1))]
             elif image_n[0] == rows.images_of(identity)[0]:  # several pieces: at the first of them, all
                 yield from _close_pairs(rows, rows.images_of(identity))
             advance(len(image_n))
@@ -103,24 +100,11 @@ def near_pairs(
 
 def pair_cosines(rows: Rows, pair_P2: np.ndarray) -> np.ndarray:
     """[P] cosines of pairs of images."""
-    cosines = [np.einsum("pd,pd->p", rows.unit(part[:, 0]), rows.unit(part[:, 1]))
-               for part in np.array_split(pair_P2, max(1, len(pair_P2) // 4096))]  # fmt: skip
-    return np.concatenate(cosines) if cosines else np.empty(0)
+    parts = np.array_split(pair_P2, max(1, len(pair_P2) // 4096))
+    return np.concatenate([np.einsum("pd,pd->p", rows.unit(part[:, 0]), rows.unit(part[:, 1])) for part in parts])
 
 
 def surplus(pair_P2: np.ndarray, num_images: int) -> np.ndarray:
     """Images to leave out so that one of each group of duplicates stays: all but the first of a group, bool [N]."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    left = np.zeros(num_images, bool)
-    if not len(pair_P2):
-        return left
-    image, inverse = np.unique(pair_P2, return_inverse=True)
-    inverse = inverse.reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(inverse)), (inverse[:, 0], inverse[:, 1])), shape=(len(image), len(image)))
-    _, group = connected_components(graph, directed=False)
-    _, first = np.unique(group, return_index=True)
-    left[image] = True
-    left[image[first]] = False
-    return left
+    _, first = np.unique(joined(num_images, *pair_P2.T), return_index=True)
+    return ~np.isin(np.arange(num_images), first)

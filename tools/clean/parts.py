@@ -4,6 +4,7 @@ Legend: N images, L identities, K parts (an identity's first has its own number,
 M nearest parts of a part, D embedding size, B one block, S sampled identities.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,15 +92,26 @@ def further_parts(identity_K: np.ndarray) -> dict[int, list[int]]:
     return more
 
 
-def add_to_sums(part_B: np.ndarray, unit_BD: np.ndarray, weight_B: np.ndarray, sum_KD: np.ndarray) -> None:
+def add_to_sums(sum_KD: np.ndarray, part_B: np.ndarray, unit_BD: np.ndarray, weight: float = 1) -> None:
     """Add a block's rows to the sums of their parts."""
     part, inverse = np.unique(part_B, return_inverse=True)
+    weight_B = np.full(len(part_B), weight, np.float32)
     matrix = sparse.csr_matrix((weight_B, (inverse, np.arange(len(part_B)))), shape=(len(part), len(part_B)))
     sum_KD[part] += matrix @ unit_BD
 
 
-def clean_sums(rows: Rows, part_N: np.ndarray, identity_K: np.ndarray, *, rule: Rule, typical: float, rng,
-               show_progress=None) -> tuple[Parts, float]:  # fmt: skip
+def sums_of(rows: Rows, part_N: np.ndarray, num_parts: int, advance=lambda count: None) -> np.ndarray:
+    """Sums of the unit rows of each part, float32 [K, D]; ``advance`` is called with images done."""
+    sum_KD = np.zeros((num_parts, rows.embedding_size), np.float32)
+    for image_B, unit_BD in rows.blocks():
+        add_to_sums(sum_KD, part_N[image_B], unit_BD)
+        advance(len(image_B))
+    return sum_KD
+
+
+def clean_sums(
+    rows: Rows, part_N: np.ndarray, identity_K: np.ndarray, *, rule: Rule, typical: float, rng, show_progress=None
+) -> tuple[Parts, float]:
     """The parts without what is unlike them, and the closeness to the rest below which an image is left out.
 
     Args:
@@ -107,11 +119,8 @@ def clean_sums(rows: Rows, part_N: np.ndarray, identity_K: np.ndarray, *, rule: 
         rng: draws the other parts that images are compared with.
     """
     num_parts = len(identity_K)
-    sum_KD = np.zeros((num_parts, rows.embedding_size), np.float32)
     with progress_bar("centres", 2 * len(rows), enabled=show_progress) as advance:
-        for image_B, unit_BD in rows.blocks():
-            add_to_sums(part_N[image_B], unit_BD, np.ones(len(image_B), np.float32), sum_KD)
-            advance(len(image_B))
+        sum_KD = sums_of(rows, part_N, num_parts, advance)
         count_K = np.bincount(part_N, minlength=num_parts)
         every = Parts(part_N, identity_K, np.ones(len(rows), bool), sum_KD, count_K, typical)
         own_N, others = np.full(len(rows), np.nan, np.float32), []
@@ -136,68 +145,82 @@ def clean_sums(rows: Rows, part_N: np.ndarray, identity_K: np.ndarray, *, rule: 
     dropped = np.flatnonzero(~counted_N)
     for first in range(0, len(dropped), 1024):
         image_B = dropped[first : first + 1024]
-        add_to_sums(part_N[image_B], rows.unit(image_B), np.full(len(image_B), -1, np.float32), sum_KD)
+        add_to_sums(sum_KD, part_N[image_B], rows.unit(image_B), -1)
     count_K = np.bincount(part_N[counted_N], minlength=num_parts)
     return Parts(part_N, identity_K, counted_N, sum_KD, count_K, typical), threshold
 
 
 def halves_fall_to(rows: Rows, parts: Parts, *, rule: Rule, sample_S: np.ndarray, rng) -> dict[int, float]:
     """Size -> what the closeness of so many images of a part to the rest of it seldom falls below."""
-    values: dict[int, list[float]] = {size: [] for size in SIZES}
+
+    def units() -> Iterator[np.ndarray]:
+        for identity in sample_S.tolist():
+            image_n = rows.images_of(identity)[:LARGEST_TREE]
+            image_n = image_n[(parts.part_N[image_n] == identity) & parts.counted_N[image_n]]
+            if len(image_n) > 1:
+                yield rows.unit(image_n)
+
     draws = max(1, min(20, _DRAWS // max(1, len(sample_S))))
-    for identity in sample_S.tolist():
-        image_n = rows.images_of(identity)[:LARGEST_TREE]
-        image_n = image_n[(parts.part_N[image_n] == identity) & parts.counted_N[image_n]]
-        if len(image_n) < 2:
-            continue
-        unit_nD = rows.unit(image_n)
-        for size in (size for size in SIZES if len(image_n) >= 2 * size):
-            values[size] += [halves(unit_nD, size, parts.typical, rng) for _ in range(draws)]
+    values = halves(units(), draws, parts.typical, rng)
     return {size: rule.own_falls_to(np.array(found)) for size, found in values.items() if found}
 
 
-def nearest_parts(direction_KD, identity_K, count_K, show_progress=None) -> tuple[np.ndarray, np.ndarray]:
-    """The closest parts of other identities: (parts [K, M] int32, closenesses [K, M]), descending; -1 fills up."""
+def closest_parts(
+    query_QD: np.ndarray,
+    direction_KD: np.ndarray,
+    count_K: np.ndarray,
+    excluded_of=lambda query: [],
+    show_progress=None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The closest parts of each query: (parts int32 [Q, M], closenesses [Q, M]), descending; -1 fills up.
+
+    ``excluded_of``: query -> the parts that do not count for it.
+    """
     num_parts = len(direction_KD)
-    most = min(NEIGHBOURS, max(num_parts - 1, 1))
-    near_KM = np.full((num_parts, most), -1, np.int32)
-    close_KM = np.full((num_parts, most), -np.inf, np.float32)
-    more = further_parts(identity_K)
+    most = min(NEIGHBOURS, num_parts)
+    near_QM = np.empty((len(query_QD), most), np.int32)
+    close_QM = np.empty((len(query_QD), most), np.float32)
     empty = np.flatnonzero(count_K == 0)
     height = max(1, BLOCK_BYTES // (4 * num_parts))
-    with progress_bar("identities x identities", num_parts, enabled=show_progress) as advance:
-        for first in range(0, num_parts, height):
-            score = direction_KD[first : first + height] @ direction_KD.T
+    with progress_bar("identities x identities", len(query_QD), enabled=show_progress) as advance:
+        for first in range(0, len(query_QD), height):
+            part = slice(first, first + height)
+            score = query_QD[part] @ direction_KD.T
             score[:, empty] = -np.inf
-            for row, identity in enumerate(identity_K[first : first + len(score)].tolist()):
-                score[row, [identity, *more.get(identity, ())]] = -np.inf
-            score[count_K[first : first + height] == 0] = -np.inf
+            for row in range(len(score)):
+                score[row, excluded_of(first + row)] = -np.inf
             best = np.argpartition(score, num_parts - most, axis=1)[:, num_parts - most :]
             value = np.take_along_axis(score, best, 1)
             order = np.argsort(-value, axis=1, kind="stable")
-            part = slice(first, first + len(score))
-            near_KM[part] = np.take_along_axis(best, order, 1)
-            close_KM[part] = np.take_along_axis(value, order, 1)
+            near_QM[part] = np.take_along_axis(best, order, 1)
+            close_QM[part] = np.take_along_axis(value, order, 1)
             advance(len(score))
-    near_KM[~np.isfinite(close_KM)] = -1
-    return near_KM, close_KM
+    near_QM[~np.isfinite(close_QM)] = -1
+    return near_QM, close_QM
 
 
-def same_thresholds(rule: Rule, nearest_K: np.ndarray, falls_to: dict[int, float]) -> dict[int, float]:
-    """Size of the smaller part -> closeness above which two parts are one person."""
-    known = nearest_K[np.isfinite(nearest_K)]
-    reach = rule.fence(known, 1) if len(known) else np.inf
-    return {size: halfway(reach, low) for size, low in falls_to.items()}
+def nearest_parts(direction_KD, identity_K, count_K, show_progress=None) -> tuple[np.ndarray, np.ndarray]:
+    """``closest_parts`` of every part among those of other identities; an empty one has none."""
+    more = further_parts(identity_K)
+    every = slice(None)
+
+    def excluded_of(part: int) -> list[int] | slice:
+        identity = int(identity_K[part])
+        return [identity, *more.get(identity, ())] if count_K[part] else every
+
+    return closest_parts(direction_KD, direction_KD, count_K, excluded_of, show_progress)
+
+
+def others_reach(rule: Rule, close: np.ndarray) -> float:
+    """How close other people come, from the closeness of everybody's nearest; inf where there is nobody."""
+    known = close[np.isfinite(close)]
+    return rule.fence(known, 1) if len(known) else np.inf
 
 
 def threshold_at(thresholds: dict[int, float], count: np.ndarray) -> np.ndarray:
     """The threshold of each count: that of the largest measured size which it reaches; inf where none is measured."""
-    if not thresholds:
-        return np.full(np.shape(count), np.inf)
-    sizes = np.array(sorted(thresholds))
-    table = np.array([thresholds[size] for size in sizes.tolist()])
-    place = np.searchsorted(sizes, count, side="right") - 1
-    return np.where(place >= 0, table[np.maximum(place, 0)], np.inf)
+    sizes = sorted(thresholds)
+    return np.array([np.inf, *(thresholds[size] for size in sizes)])[np.searchsorted(sizes, count, side="right")]
 
 
 def linked_parts(near_KM: np.ndarray, close_KM: np.ndarray, count_K: np.ndarray, same: dict[int, float]) -> np.ndarray:

@@ -58,12 +58,16 @@ def source_stamp(source: Source, root: str | Path) -> str:
     return digest([*parts, len(source)])
 
 
-def discard_folder(folder: Path, made: list[Path]) -> None:
-    """Remove a folder of ours, and those above it that were ``made`` for it, where they are empty."""
-    shutil.rmtree(folder)
-    for parent in made:
-        if not any(parent.iterdir()):
-            parent.rmdir()
+def kept_array(path: Path, dtype: type, shape: tuple[int, ...], fill: int = 0) -> np.ndarray:
+    """A ``.npy`` file mapped for writing; where there is none, one filled with ``fill`` is made. Every rank enters."""
+    with distributed.together():
+        if distributed.get_rank() == 0 and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as aside:
+                array = np.lib.format.open_memmap(aside, "w+", dtype, shape)
+                array[...] = fill
+                array.flush()
+    return np.load(path, mmap_mode="r+")
 
 
 def read_source(source: Source, root: str | Path, embedder: Embedder, folder: Path, resize: bool = False) -> Reading:
@@ -78,19 +82,10 @@ def read_source(source: Source, root: str | Path, embedder: Embedder, folder: Pa
     stamp = source_stamp(source, root)
     folder = folder / digest([stamp, embedder.identity, embedder.embedding_size, resize])
     num_images = len(source)
-    files = {"label": (np.int64, ()), "pixels": (np.uint64, ()), "thumbnail": (np.uint8, (THUMBNAIL**2,))}
     features = folder / "features.npy"
-    with distributed.together():
-        if distributed.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, (kind, shape) in files.items():
-                path = folder / f"{name}.npy"
-                if not path.is_file():
-                    with written_whole(path) as aside:
-                        array = np.lib.format.open_memmap(aside, "w+", kind, (num_images, *shape))
-                        array[...] = -1 if kind is np.int64 else 0
-                        array.flush()
-    label_N, pixels_N, thumbnail_NP = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in files)
+    label_N = kept_array(folder / "label.npy", np.int64, (num_images,), -1)
+    pixels_N = kept_array(folder / "pixels.npy", np.uint64, (num_images,))
+    thumbnail_NP = kept_array(folder / "thumbnail.npy", np.uint8, (num_images, THUMBNAIL**2))
 
     def get(i: int) -> np.ndarray:
         image, label = source[i]
@@ -105,11 +100,13 @@ def read_source(source: Source, root: str | Path, embedder: Embedder, folder: Pa
     if not features.is_file():
         images = NetworkImages(get, num_images, embedder.input_size, source.describe, resize, keep)
         try:
-            embed_to_file(embedder, images, features, flip="add", key=stamp, num_threads=max(2, threads_of_rank()),
-                          name_of=source.describe)  # fmt: skip
+            options = {"flip": "add", "key": stamp, "num_threads": max(2, threads_of_rank())}
+            embed_to_file(embedder, images, features, name_of=source.describe, **options)
         except Exception:
             if distributed.get_rank() == 0 and not any(path.is_file() for path in partial_files(features)):
-                discard_folder(folder, made)  # nothing to go on with
+                shutil.rmtree(folder)  # nothing to go on with
+                for parent in (parent for parent in made if not any(parent.iterdir())):
+                    parent.rmdir()
             raise
         distributed.barrier()
         if distributed.get_rank() == 0:

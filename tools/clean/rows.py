@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from utils.errors import UserError
 from utils.system import release_pages
@@ -107,3 +109,9 @@ class Rows:
                 for begin in range(0, len(image_n), most):
                     yield first, image_n[begin : begin + most], self.unit(image_n[begin : begin + most])
             first = stop
+
+
+def joined(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Numbers of the groups that pairs of ``count`` things join, int64 [count]."""
+    graph = coo_matrix((np.ones(len(left)), (left, right)), shape=(count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)

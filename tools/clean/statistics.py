@@ -11,7 +11,7 @@ itself; where the two overlap it is the second.
 Legend: n images, K parts (an identity, or one of the people in it), D embedding size. Embeddings have unit length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,12 +83,20 @@ def halfway(others_reach: float, own_falls_to: float) -> float:
     return (own_falls_to + min(others_reach, own_falls_to)) / 2
 
 
-def halves(unit_nD: np.ndarray, size: int, typical: float, rng: np.random.Generator) -> float:
-    """Closeness of ``size`` random images of one person to the rest of them."""
-    order = rng.permutation(len(unit_nD))
-    sum_2D = np.stack([unit_nD[order[:size]].sum(0), unit_nD[order[size:]].sum(0)])
-    first, second = directions(sum_2D, np.array([size, len(order) - size]), typical)
-    return float(first @ second)
+def halves(units: Iterable[np.ndarray], draws: int, typical: float, rng: np.random.Generator) -> dict[int, list[float]]:
+    """Size -> closenesses of so many random images of one person to the rest, of all who have twice as many.
+
+    ``units``: the unit rows of each person, [n, D].
+    """
+    values: dict[int, list[float]] = {size: [] for size in SIZES}
+    for unit_nD in units:
+        for size in (size for size in SIZES if len(unit_nD) >= 2 * size):
+            for _ in range(draws):
+                order = rng.permutation(len(unit_nD))
+                sum_2D = np.stack([unit_nD[order[:size]].sum(0), unit_nD[order[size:]].sum(0)])
+                first, second = directions(sum_2D, np.array([size, len(order) - size]), typical)
+                values[size].append(float(first @ second))
+    return values
 
 
 class Tree:
