@@ -19,7 +19,7 @@ from eval.features import aligned_image
 from eval.protocols import read_ijb
 from eval.stream import digest, embed_to_file
 from tools.clean.analysis import Findings
-from tools.clean.parts import closest_parts, others_reach, sums_of, threshold_at
+from tools.clean.parts import closest_parts, linked_parts, others_reach, sums_of
 from tools.clean.reading import kept_array, source_stamp
 from tools.clean.rows import Rows, joined
 from tools.clean.statistics import DEFAULT_RULE, Rule, agreement, directions, halfway, halves
@@ -38,33 +38,22 @@ _DRAWS = 4  # random halves of a test person, for each size
 
 @dataclass(frozen=True)
 class TestSet:
-    """Images of a test set, read when asked for.
+    """Images of a test set, read when asked for."""
 
-    Attributes:
-        name: as it is written to ``overlap.csv``.
-        get: (i, side of the network's input) -> uint8 RGB; what has landmarks comes aligned to that size.
-        names_M: names of each image: a ``.bin`` set holds one image in several places.
-        person_M: int64, which of them show one person.
-        stamp: tells whether the files are the same as last time.
-    """
-
-    name: str
-    get: Callable[[int, int], np.ndarray]
-    names_M: Sequence[Sequence[str]]
-    person_M: np.ndarray
-    stamp: str
+    name: str  # as it is written to overlap.csv
+    get: Callable[[int, int], np.ndarray]  # (i, side of the network's input, to align for) -> uint8 RGB
+    names_M: Sequence[Sequence[str]]  # of each image: a .bin set holds one image in several places
+    person_M: np.ndarray  # int64, which of them show one person
+    stamp: str  # tells whether the files are the same as last time
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """An identity of the data set that is a person of the test set.
-
-    ``number_F`` are the person's test images, ``cos_F`` their cosines to the identity's centre, the closest first.
-    """
+    """An identity of the data set that is a person of the test set."""
 
     identity: int
-    number_F: np.ndarray
-    cos_F: np.ndarray
+    number_F: np.ndarray  # the person's test images, the closest first
+    cos_F: np.ndarray  # their cosines to the identity's centre
 
 
 def open_test_set(path: Path, name: str) -> TestSet:
@@ -154,11 +143,8 @@ def find_overlap(
 ) -> list[Overlap]:
     """Identities of the data set that are in the test set, the closest first; every image of the person is named.
 
-    Args:
-        test_rows, pixels_M: embeddings and pixel digests of the test set (``embed_test_set``).
-        rows, findings, pixels_N: those of the data set, and what ``analyse`` found in it.
-        rule: how thresholds are read off.
-        seed: of the random halves that thresholds are measured on.
+    ``pixels_M``, ``pixels_N``: digests of the pixels of the test set and of the data set; ``seed``: of the random
+    halves that thresholds are measured on.
     """
     person_k, part_k = _compare(test_rows, findings, rule, np.random.default_rng(seed))
     found: dict[int, list[np.ndarray]] = {}
@@ -229,6 +215,5 @@ def _compare(
     thresholds = {size: halfway(reach, low) for size, low in falls_to.items()}
     if 1 in thresholds:  # a single image is weak evidence, and there are many of them: in doubt it is another person
         thresholds[1] = max(thresholds[1], reach)
-    smaller_UM = np.minimum(count_U[:, None], parts.count_K[best_UM])
-    person, column = np.nonzero(close_UM > threshold_at(thresholds, smaller_UM))
+    person, column = np.nonzero(linked_parts(best_UM, close_UM, count_U, parts.count_K, thresholds))
     return person, best_UM[person, column]

@@ -43,37 +43,25 @@ class Thresholds:
     """Closenesses at which the answers change; NaN where the data set has too little to measure one."""
 
     person: float  # groups of an identity less close than this are two people
-    member: float  # an image less close than this to the rest of its part is left out of the part
     same: dict[int, float]  # parts (the smaller has so many images) closer than this are one person
     outlier: float  # by how much an image is closer to another identity than to its own
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What ``analyse`` found. Pairs and images in order of descending certainty.
+    """What ``analyse`` found. Pairs and images in order of descending certainty."""
 
-    Attributes:
-        outlier_F: images closer to another identity than to their own.
-        nearest_F, cos_own_F, cos_nearest_F: that identity, and the cosines to both.
-        same_P2: pairs of identities that are one person; ``same_cos_P``: cosine of their centres.
-        several: identity -> image numbers of each of its people, largest first.
-        several_cos: identity -> the lowest cosine between centres of its people.
-        close_N: by how much the nearest other identity is closer than the image's own (NaN: nothing to judge by).
-        nearest_N: the nearest other identity (-1: none).
-        falls_to: size -> what the closeness of so many images of a person to the rest seldom falls below.
-    """
-
-    outlier_F: np.ndarray
-    nearest_F: np.ndarray
+    outlier_F: np.ndarray  # images closer to another identity than to their own
+    nearest_F: np.ndarray  # that identity
     cos_own_F: np.ndarray
     cos_nearest_F: np.ndarray
-    same_P2: np.ndarray
-    same_cos_P: np.ndarray
-    several: dict[int, list[np.ndarray]]
-    several_cos: dict[int, float]
-    close_N: np.ndarray
-    nearest_N: np.ndarray
-    falls_to: dict[int, float]
+    same_P2: np.ndarray  # identities that are one person
+    same_cos_P: np.ndarray  # of their centres
+    several: dict[int, list[np.ndarray]]  # identity -> image numbers of each of its people, largest first
+    several_cos: dict[int, float]  # identity -> the lowest cosine between centres of its people
+    close_N: np.ndarray  # by how much the nearest other identity is closer than the image's own; NaN: no telling
+    nearest_N: np.ndarray  # the nearest other identity (-1: none)
+    falls_to: dict[int, float]  # size -> what the closeness of so many of a person to the rest seldom falls below
     parts: Parts
     thresholds: Thresholds
 
@@ -92,18 +80,14 @@ def analyse(rows: Rows, rule: Rule = DEFAULT_RULE, seed: int = 0, show_progress:
     rng = np.random.default_rng(seed)
     sample_S = np.sort(rng.permutation(rows.num_identities)[:_SAMPLED])
     typical = typical_agreement(rows, sample_S)
-    tree_seed = int(rng.integers(2**31))
-    people = find_people(
-        rows, rule=rule, typical=typical, sample_S=sample_S, seed=tree_seed, show_progress=show_progress
-    )
-    parts, member = clean_sums(
-        rows, *number_parts(rows, people.images), rule=rule, typical=typical, rng=rng, show_progress=show_progress
-    )
+    shared = {"rule": rule, "typical": typical, "show_progress": show_progress}
+    several, person = find_people(rows, sample_S=sample_S, seed=int(rng.integers(2**31)), **shared)
+    parts = clean_sums(rows, *number_parts(rows, several), rng=rng, **shared)
     falls_to = halves_fall_to(rows, parts, rule=rule, sample_S=sample_S, rng=rng)
     near_KM, close_KM = nearest_parts(parts.direction_KD, parts.identity_K, parts.count_K, show_progress)
     reach = others_reach(rule, close_KM[:, 0])
     same = {size: halfway(reach, low) for size, low in falls_to.items()}  # size of the smaller part
-    linked_KM = linked_parts(near_KM, close_KM, parts.count_K, same)
+    linked_KM = linked_parts(near_KM, close_KM, parts.count_K, parts.count_K, same)
     compared = _compare_images(rows, parts, near_KM=near_KM, linked_KM=linked_KM, rng=rng, show_progress=show_progress)
     threshold = _outlier_threshold(rule, compared)
     flagged = _flag(rows, parts, compared, threshold)
@@ -118,13 +102,13 @@ def analyse(rows: Rows, rule: Rule = DEFAULT_RULE, seed: int = 0, show_progress:
         cos_nearest_F=compared.cos_nearest_N[flagged],
         same_P2=pair_P2,
         same_cos_P=same_cos_P,
-        several=people.images,
-        several_cos=several_cosines(parts, people.images),
+        several=several,
+        several_cos=several_cosines(parts, several),
         close_N=compared.close_N,
         nearest_N=compared.nearest_N,
         falls_to=falls_to,
         parts=parts,
-        thresholds=Thresholds(people.threshold, member, same, threshold),
+        thresholds=Thresholds(person, same, threshold),
     )
 
 

@@ -19,19 +19,13 @@ KINDS = ("outliers", "same_person", "several_people", "overlap")
 
 @dataclass(frozen=True)
 class Planted:
-    """A data set with faults, as row numbers of a clean one.
+    """A data set with faults, as row numbers of a clean one."""
 
-    Attributes:
-        row_N, label_N: images and their labels.
-        row_M, person_M: images of the test set and whom they show.
-        truth: kind -> what is to be found: image numbers, pairs of labels, labels, labels.
-    """
-
-    row_N: np.ndarray
+    row_N: np.ndarray  # its images
     label_N: np.ndarray
-    row_M: np.ndarray
-    person_M: np.ndarray
-    truth: dict[str, set]
+    row_M: np.ndarray  # images of the test set
+    person_M: np.ndarray  # whom they show
+    truth: dict[str, set]  # kind -> what is to be found: image numbers, pairs of labels, labels, labels
 
 
 @dataclass(frozen=True)
@@ -61,11 +55,8 @@ class Score:
 def plant(person_N: np.ndarray, seed: int, num_test: int = 5, wrong: float = 0.05) -> Planted:
     """Five of a hundred labels wrong, two labels that hold two people, two people under two labels, three test people.
 
-    Args:
-        person_N: who is in each image; ten images or so of each of twenty people or so.
-        seed: of every choice.
-        num_test: people of the test set; half of the images of three of them get a label in the data set.
-        wrong: share of the images that get another person's label.
+    ``person_N``: who is in each image; ten images or so of each of twenty people or so. Half of the images of three of
+    the ``num_test`` people of the test set get a label in the data set.
     """
     rng = np.random.default_rng(seed)
     people = rng.permutation(np.unique(person_N)).tolist()
@@ -150,8 +141,7 @@ def judge(found: set, truth: set) -> Score:
 def best_threshold(scores: Iterable[tuple[dict, set]]) -> float:
     """The threshold with the highest F1 over several data sets: findings are the candidates above it."""
     pairs = [(value, candidate in truth) for given, truth in scores for candidate, value in given.items()]
-    value = np.array([value for value, _ in pairs])
-    true = np.array([true for _, true in pairs])
+    value, true = np.array(pairs).T
     order = np.argsort(-value, kind="stable")
     hits = np.cumsum(true[order])
     f1 = 2 * hits / (np.arange(1, len(order) + 1) + true.sum())

@@ -4,7 +4,8 @@ Legend: N images, L identities, K parts (an identity's first has its own number,
 M nearest parts of a part, D embedding size, B one block, S sampled identities.
 """
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from scipy import sparse
 
 from tools.clean.people import LARGEST_TREE
 from tools.clean.rows import BLOCK_BYTES, Rows
-from tools.clean.statistics import SIZES, Rule, agreement, directions, halfway, halves, steady_agreement
+from tools.clean.statistics import Rule, agreement, directions, halfway, halves, steady_agreement
 from utils.progress import progress_bar
 
 NEIGHBOURS = 8  # parts kept as candidates for being the same person
@@ -22,21 +23,14 @@ _DRAWS = 8000  # random halves in all, for each size
 
 @dataclass(frozen=True)
 class Parts:
-    """Who is in the data set, as far as is known.
+    """Who is in the data set, as far as is known."""
 
-    Attributes:
-        part_N, identity_K: part of each image, identity of each part.
-        counted_N: images that count in the sum of their part (what is unlike its part does not).
-        sum_KD, count_K: sum of the unit rows that count, float32, and how many.
-        typical: the data set's typical agreement.
-    """
-
-    part_N: np.ndarray
-    identity_K: np.ndarray
-    counted_N: np.ndarray
-    sum_KD: np.ndarray
-    count_K: np.ndarray
-    typical: float
+    part_N: np.ndarray  # part of each image
+    identity_K: np.ndarray  # identity of each part
+    counted_N: np.ndarray  # images that count in the sum of their part (what is unlike its part does not)
+    sum_KD: np.ndarray  # of the unit rows that count, float32
+    count_K: np.ndarray  # how many these are
+    typical: float  # the data set's typical agreement
 
     @cached_property
     def steady_K(self) -> np.ndarray:
@@ -49,13 +43,9 @@ class Parts:
         return directions(self.sum_KD, self.count_K, self.typical)
 
     @cached_property
-    def _more(self) -> dict[int, list[int]]:
-        return further_parts(self.identity_K)
-
-    def of_same_identity(self, part: int) -> list[int]:
-        """All parts of a part's identity."""
-        identity = int(self.identity_K[part])
-        return [identity, *self._more.get(identity, ())]
+    def of_same_identity(self) -> Callable[[int], list[int]]:
+        """Part -> all parts of its identity."""
+        return parts_of_same_identity(self.identity_K)
 
     def own_closeness(self, image_B: np.ndarray, unit_BD: np.ndarray) -> np.ndarray:
         """[B] closeness of an image to the other images of its part (itself taken out); NaN where there is none."""
@@ -83,13 +73,12 @@ def number_parts(rows: Rows, several: dict[int, list[np.ndarray]]) -> tuple[np.n
     return part_N, np.array(identity_K)
 
 
-def further_parts(identity_K: np.ndarray) -> dict[int, list[int]]:
-    """Identity -> its parts beyond the first, which stand at the end."""
-    more: dict[int, list[int]] = {}
-    num_identities = int(identity_K.max()) + 1 if len(identity_K) else 0
-    for part in range(num_identities, len(identity_K)):
-        more.setdefault(int(identity_K[part]), []).append(part)
-    return more
+def parts_of_same_identity(identity_K: np.ndarray) -> Callable[[int], list[int]]:
+    """Part -> all parts of its identity."""
+    more = defaultdict(list)
+    for part in range(int(identity_K.max(initial=-1)) + 1, len(identity_K)):
+        more[int(identity_K[part])].append(part)
+    return lambda part: [int(identity_K[part]), *more.get(int(identity_K[part]), ())]
 
 
 def add_to_sums(sum_KD: np.ndarray, part_B: np.ndarray, unit_BD: np.ndarray, weight: float = 1) -> None:
@@ -111,13 +100,8 @@ def sums_of(rows: Rows, part_N: np.ndarray, num_parts: int, advance=lambda count
 
 def clean_sums(
     rows: Rows, part_N: np.ndarray, identity_K: np.ndarray, *, rule: Rule, typical: float, rng, show_progress=None
-) -> tuple[Parts, float]:
-    """The parts without what is unlike them, and the closeness to the rest below which an image is left out.
-
-    Args:
-        part_N, identity_K: what ``number_parts`` gave.
-        rng: draws the other parts that images are compared with.
-    """
+) -> Parts:
+    """The parts without what is unlike them; ``rng`` draws the other parts that images are compared with."""
     num_parts = len(identity_K)
     with progress_bar("centres", 2 * len(rows), enabled=show_progress) as advance:
         sum_KD = sums_of(rows, part_N, num_parts, advance)
@@ -134,7 +118,7 @@ def clean_sums(
             advance(len(image_B))
     judged = own_N[np.isfinite(own_N)]
     if not len(judged):
-        return every, np.nan
+        return every
     own_falls_to = rule.fence(judged, -1)
     reach = rule.others_reach(np.concatenate(others)) if others else own_falls_to
     threshold = halfway(reach, own_falls_to)
@@ -147,7 +131,7 @@ def clean_sums(
         image_B = dropped[first : first + 1024]
         add_to_sums(sum_KD, part_N[image_B], rows.unit(image_B), -1)
     count_K = np.bincount(part_N[counted_N], minlength=num_parts)
-    return Parts(part_N, identity_K, counted_N, sum_KD, count_K, typical), threshold
+    return Parts(part_N, identity_K, counted_N, sum_KD, count_K, typical)
 
 
 def halves_fall_to(rows: Rows, parts: Parts, *, rule: Rule, sample_S: np.ndarray, rng) -> dict[int, float]:
@@ -201,14 +185,10 @@ def closest_parts(
 
 def nearest_parts(direction_KD, identity_K, count_K, show_progress=None) -> tuple[np.ndarray, np.ndarray]:
     """``closest_parts`` of every part among those of other identities; an empty one has none."""
-    more = further_parts(identity_K)
-    every = slice(None)
-
-    def excluded_of(part: int) -> list[int] | slice:
-        identity = int(identity_K[part])
-        return [identity, *more.get(identity, ())] if count_K[part] else every
-
-    return closest_parts(direction_KD, direction_KD, count_K, excluded_of, show_progress)
+    own, every = parts_of_same_identity(identity_K), slice(None)
+    return closest_parts(
+        direction_KD, direction_KD, count_K, lambda part: own(part) if count_K[part] else every, show_progress
+    )
 
 
 def others_reach(rule: Rule, close: np.ndarray) -> float:
@@ -217,29 +197,25 @@ def others_reach(rule: Rule, close: np.ndarray) -> float:
     return rule.fence(known, 1) if len(known) else np.inf
 
 
-def threshold_at(thresholds: dict[int, float], count: np.ndarray) -> np.ndarray:
-    """The threshold of each count: that of the largest measured size which it reaches; inf where none is measured."""
+def linked_parts(near_QM, close_QM, count_Q, count_K, thresholds: dict[int, float]) -> np.ndarray:
+    """Which near parts are the same person, bool [Q, M].
+
+    What decides is the threshold of the largest size that the smaller of the two reaches; without one nothing does.
+    """
+    smaller_QM = np.minimum(count_Q[:, None], count_K[near_QM])
     sizes = sorted(thresholds)
-    return np.array([np.inf, *(thresholds[size] for size in sizes)])[np.searchsorted(sizes, count, side="right")]
-
-
-def linked_parts(near_KM: np.ndarray, close_KM: np.ndarray, count_K: np.ndarray, same: dict[int, float]) -> np.ndarray:
-    """Which neighbours are the same person, bool [K, M]."""
-    smaller_KM = np.minimum(count_K[:, None], count_K[np.maximum(near_KM, 0)])
-    return (near_KM >= 0) & (close_KM > threshold_at(same, smaller_KM))
+    threshold = np.array([np.inf, *(thresholds[size] for size in sizes)])
+    return close_QM > threshold[np.searchsorted(sizes, smaller_QM, side="right")]
 
 
 def same_pairs(parts: Parts, near_KM: np.ndarray, linked_KM: np.ndarray, close_KM: np.ndarray) -> tuple:
     """(pairs of identities, smaller number first, cosines), the closest first; each pair once."""
     part_P, column_P = np.nonzero(linked_KM)
-    other_P = near_KM[part_P, column_P]
     order = np.argsort(-close_KM[part_P, column_P], kind="stable")
-    part_P, other_P = part_P[order], other_P[order]
-    identity_K = parts.identity_K
-    pair_P2 = np.sort(np.stack([identity_K[part_P], identity_K[other_P]], 1), axis=1).reshape(-1, 2)
-    _, first = np.unique(pair_P2, axis=0, return_index=True)
-    first = np.sort(first)
-    return pair_P2[first], parts.centre_cosine(part_P[first], other_P[first])
+    part_P2 = np.stack([part_P, near_KM[part_P, column_P]], 1)[order]
+    pair_P2 = np.sort(parts.identity_K[part_P2], axis=1)
+    first = np.sort(np.unique(pair_P2, axis=0, return_index=True)[1])
+    return pair_P2[first], parts.centre_cosine(*part_P2[first].T)
 
 
 def several_cosines(parts: Parts, several: dict[int, list[np.ndarray]]) -> dict[int, float]:

@@ -4,7 +4,6 @@ Legend: L identities, S sampled identities, n images of one, P people of one, D 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,14 +13,6 @@ from utils.progress import progress_bar
 
 LARGEST_TREE = 2048  # an identity with more images: its people are found on a sample
 _SMALLEST_PERSON, _SMALLEST_SHARE = 3, 0.1  # fewer images under one label are wrong labels, not a second person
-
-
-@dataclass(frozen=True)
-class People:
-    """Identities that are several people."""
-
-    images: dict[int, list[np.ndarray]]  # identity -> image numbers of each of its people, largest first
-    threshold: float  # groups less close than this are two people; NaN: no identity has images enough for two
 
 
 def typical_agreement(rows: Rows, sample_S: np.ndarray) -> float:
@@ -38,13 +29,11 @@ def typical_agreement(rows: Rows, sample_S: np.ndarray) -> float:
 
 def find_people(
     rows: Rows, *, rule: Rule, typical: float, sample_S: np.ndarray, seed: int, show_progress=None
-) -> People:
-    """The people of every identity that is several.
+) -> tuple[dict[int, list[np.ndarray]], float]:
+    """(identity -> image numbers of each of its people, largest first, where these are several; the threshold).
 
-    Args:
-        typical: the data set's typical agreement.
-        sample_S: identities that closenesses between people are measured on.
-        seed: of the samples of identities that are too large for a tree.
+    Groups less close than the threshold are two people; it is NaN where no identity has images enough for two.
+    ``seed``: of the samples of identities that are too large for a tree.
     """
     large_L = rows.count_L >= 2 * _SMALLEST_PERSON
     weakest_L = np.full(rows.num_identities, np.inf)
@@ -54,7 +43,7 @@ def find_people(
             advance(1)
     measured = weakest_L[np.isfinite(weakest_L)]
     if not len(measured):
-        return People({}, np.nan)
+        return {}, np.nan
     others = _between_identities(rows, sample_S, typical)
     own_falls_to = rule.fence(measured, -1)
     reach = rule.others_reach(others) if len(others) else own_falls_to
@@ -66,7 +55,7 @@ def find_people(
         people = Tree(unit_nD, _smallest_person(len(image_n)), typical).people(threshold)
         if len(people) > 1:
             several[identity] = _assign(rows, identity, [unit_nD[members].mean(0) for members in people])
-    return People(several, threshold)
+    return several, threshold
 
 
 def _smallest_person(num_images: int) -> int:

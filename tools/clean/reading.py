@@ -4,7 +4,6 @@ Legend: N images, D embedding size.
 """
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,19 +24,12 @@ THUMBNAIL = 16  # pixels a side
 
 @dataclass(frozen=True)
 class Reading:
-    """What one reading leaves: all arrays are memory maps.
+    """What one reading leaves: all arrays are memory maps."""
 
-    Attributes:
-        feature_ND: float32, embedding plus that of the mirror image, not normalised.
-        label_N: int64.
-        pixels_N: uint64 digest of the decoded image.
-        thumbnail_NP: uint8 [N, 256], grey.
-    """
-
-    feature_ND: np.ndarray
-    label_N: np.ndarray
-    pixels_N: np.ndarray
-    thumbnail_NP: np.ndarray
+    feature_ND: np.ndarray  # float32, embedding plus that of the mirror image, not normalised
+    label_N: np.ndarray  # int64
+    pixels_N: np.ndarray  # uint64 digest of the decoded image
+    thumbnail_NP: np.ndarray  # uint8 [N, 256], grey
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:
@@ -48,14 +40,11 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
 def source_stamp(source: Source, root: str | Path) -> str:
     """Tells whether a data set on disk is still the one that was read: its files, sizes and times."""
-    rec_path = getattr(source, "rec_path", None)
-    if rec_path is not None:
+    if (rec_path := getattr(source, "rec_path", None)) is not None:
         stat = Path(rec_path).stat()
-        parts: Sequence[object] = [Path(rec_path).resolve(), stat.st_size, stat.st_mtime_ns]
-    else:
-        stat = Path(root).stat() if Path(root).exists() else None
-        parts = [root, stat and stat.st_mtime_ns, *map(source.describe, range(len(source)))]
-    return digest([*parts, len(source)])
+        return digest([Path(rec_path).resolve(), stat.st_size, stat.st_mtime_ns, len(source)])
+    time = Path(root).stat().st_mtime_ns if Path(root).exists() else None
+    return digest([root, time, *map(source.describe, range(len(source))), len(source)])
 
 
 def kept_array(path: Path, dtype: type, shape: tuple[int, ...], fill: int = 0) -> np.ndarray:

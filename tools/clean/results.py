@@ -1,5 +1,6 @@
 """All that was found in a data set: the rows of the CSV files, and which images are kept."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,32 +42,29 @@ def tables_of(found: Results) -> dict[str, list[tuple]]:
     """The rows of every CSV file by its name without suffix, in the order of its columns."""
     rows, findings = found.rows, found.findings
     key_N, label_L, label_N = np.asarray(found.source.keys), rows.label_L, rows.label_L[rows.identity_N]
-    cosine = "{:.4f}".format
-    outliers = (findings.outlier_F, findings.nearest_F, findings.cos_own_F, findings.cos_nearest_F)
-    pair_cos_P = pair_cosines(rows, found.duplicate_P2)
-    return {
-        "outliers": [
-            (key_N[i], label_N[i], label_L[nearest], cosine(own), cosine(other))
-            for i, nearest, own, other in zip(*outliers, strict=True)
-        ],
-        "same_person": [
-            (*label_L[pair], cosine(cos)) for pair, cos in zip(findings.same_P2, findings.same_cos_P, strict=True)
-        ],
-        "several_people": [
-            (label_L[identity], len(people), cosine(findings.several_cos[identity]))
-            for identity, people in findings.several.items()
-        ],
+
+    def texts(cosines: Iterable[float]) -> list[str]:
+        return [f"{cosine:.4f}" for cosine in cosines]
+
+    cos_own, cos_nearest = texts(findings.cos_own_F), texts(findings.cos_nearest_F)
+    outlier_F, several, pair_P2 = findings.outlier_F, findings.several, found.duplicate_P2
+    columns = {
+        "outliers": (key_N[outlier_F], label_N[outlier_F], label_L[findings.nearest_F], cos_own, cos_nearest),
+        "same_person": (*label_L[findings.same_P2].T, texts(findings.same_cos_P)),
+        "several_people": (label_L[list(several)], map(len, several.values()), texts(findings.several_cos.values())),
+        "duplicates": (*key_N[pair_P2].T, texts(pair_cosines(rows, pair_P2))),
+    }
+    return {name: list(zip(*of, strict=True)) for name, of in columns.items()} | {
         "parts": [
             (key_N[i], label_L[identity], number)
-            for identity, people in findings.several.items()
+            for identity, people in several.items()
             for number, images in enumerate(people, 1)
             for i in images
         ],
-        "duplicates": [(*key_N[pair], cosine(cos)) for pair, cos in zip(found.duplicate_P2, pair_cos_P, strict=True)],
         "overlap": [
-            (label_L[overlap.identity], test.name, name, cosine(cos))
+            (label_L[overlap.identity], test.name, name, cosine)
             for test, overlap in found.overlaps
-            for i, cos in zip(overlap.number_F, overlap.cos_F, strict=True)
+            for i, cosine in zip(overlap.number_F, texts(overlap.cos_F), strict=True)
             for name in test.names_M[i]
         ],
     }

@@ -20,22 +20,14 @@ _READ_BYTES = 1 << 24  # of rows read at once: at random places, each brings its
 
 @dataclass(frozen=True)
 class Rows:
-    """Embeddings and labels of a data set.
+    """Embeddings and labels of a data set."""
 
-    Attributes:
-        feature_ND: float array, usually a memory map; raw embeddings.
-        identity_N: int32, index of an image's label in ``label_L``.
-        label_L: the labels that occur, ascending.
-        order_N: images sorted by identity; those of identity i stand from ``start_L[i]`` to ``start_L[i + 1]``.
-        name_of: what to call image i in an error.
-    """
-
-    feature_ND: np.ndarray
-    identity_N: np.ndarray
-    label_L: np.ndarray
-    order_N: np.ndarray
-    start_L: np.ndarray
-    name_of: Callable[[int], str]
+    feature_ND: np.ndarray  # raw embeddings, usually a memory map
+    identity_N: np.ndarray  # int32, index of an image's label in label_L
+    label_L: np.ndarray  # the labels that occur, ascending
+    order_N: np.ndarray  # images sorted by identity
+    start_L: np.ndarray  # those of identity i stand in it from start_L[i] to start_L[i + 1]
+    name_of: Callable[[int], str]  # what to call image i in an error
 
     @classmethod
     def of(cls, feature_ND: np.ndarray, label_N: np.ndarray, name_of: Callable[[int], str] = "image {}".format):

@@ -50,16 +50,13 @@ def directions(sum_KD: np.ndarray, count_K: np.ndarray, typical: float) -> np.nd
 class Rule:
     """How thresholds are read off measured values.
 
-    Attributes:
-        deviations: where what is unlike the bulk begins, in robust standard deviations from the median (1.4826 times
-            the median absolute deviation, the standard deviation of normal values).
-        share: of one person's own values that may lie on the wrong side.
-        others_share: of other people's values that may lie on the wrong side.
+    ``deviations``: where what is unlike the bulk begins, in robust standard deviations from the median (1.4826 times
+    the median absolute deviation, the standard deviation of normal values).
     """
 
     deviations: float = 2.5
-    share: float = 0.05
-    others_share: float = 0.05
+    share: float = 0.05  # of one person's own values that may lie on the wrong side
+    others_share: float = 0.05  # of other people's
 
     def fence(self, values: np.ndarray, side: int) -> float:
         """Where what is unlike the bulk begins, above it (``side`` 1) or below (-1)."""
@@ -103,15 +100,8 @@ class Tree:
     """Images of one identity joined step by step, the closest two groups first (average linkage).
 
     The height of a join is one minus the mean cosine between its two groups, so that their closeness follows from the
-    tree alone.
-
-    Args:
-        unit_nD: the identity's images, two or more.
-        smallest: least images of a group that can be a person.
-        typical: typical agreement.
-
-    Attributes:
-        weakest: least closeness of a join between groups of at least ``smallest``; inf if there is none.
+    tree alone. ``weakest`` is the least closeness of a join between groups of at least ``smallest``, the least images
+    that can be a person; inf if there is none. Two images or more are needed.
     """
 
     def __init__(self, unit_nD: np.ndarray, smallest: int, typical: float):
