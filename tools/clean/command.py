@@ -20,6 +20,7 @@ record sets and folders of aligned images. Thresholds are measured on the data s
 """
 
 import argparse
+import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
 
 import numpy as np
