@@ -19,7 +19,7 @@ import paddle
 from eval.engines import DynamicEngine, OnnxEngine, PredictorEngine, StaticEngine, save_onnx
 from eval.kept import keep_speeds, kept_onnx, read_speeds, weights_key
 from eval.network_input import read_onnx_input
-from eval.openvino_engine import OpenvinoEngine
+from eval.openvino_engine import OpenvinoEngine, emulates_bfloat16
 from utils import distributed
 from utils.errors import UserError
 from utils.system import processor
@@ -32,7 +32,8 @@ BUILDERS = {
     "dynamic": DynamicEngine,
 }
 ENGINES = tuple(BUILDERS)
-PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "predictor": "paddlepaddle"}
+PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime"}  # what paddle does not bring
+MEASURED = (*PACKAGES, "predictor")
 MEASURED_SECONDS = 2.0  # all engines together
 MEASURED_IMAGES = 16
 
@@ -81,7 +82,13 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def start_engine(source: Source, engine: str, num_threads: int | None, cpu_order: tuple[str, ...] = ENGINES):
+def start_engine(
+    source: Source,
+    engine: str,
+    num_threads: int | None,
+    cpu_order: tuple[str, ...] = ENGINES,
+    reduced: bool = False,
+):
     """The engine named, or for ``auto`` the fastest; what is tried and does not work is said.
 
     Args:
@@ -89,6 +96,7 @@ def start_engine(source: Source, engine: str, num_threads: int | None, cpu_order
         engine: ``auto`` or one of ``ENGINES``.
         num_threads: CPU threads.
         cpu_order: what ``auto`` tries on the CPU, the fastest first.
+        reduced: whether bfloat16 may be used: OpenVINO, which alone has it, then goes before what is faster in float32.
     """
     if engine not in ("auto", *ENGINES):
         raise UserError(f"engine {engine!r}: choose auto, {', '.join(ENGINES)}")
@@ -99,9 +107,9 @@ def start_engine(source: Source, engine: str, num_threads: int | None, cpu_order
     if source.is_onnx:
         read_onnx_input(source.path)  # what no engine can run ends here, in one line
     order = auto_order(source.is_onnx, cpu_order)
-    known = [name for name in order if name not in PACKAGES or name == "predictor"
-             or importlib.util.find_spec(PACKAGES[name])]  # fmt: skip
-    if paddle.get_device() == "cpu" and not processor()[0].startswith("GenuineIntel"):
+    known = [name for name in order if _installed(name)]
+    unsure = paddle.get_device() == "cpu" and not processor()[0].startswith("GenuineIntel")
+    if unsure and not (reduced and "openvino" in known and not emulates_bfloat16()):
         known = _by_speed(known, source, num_threads)
     running = _first_that_works(tuple(known), source, num_threads)
     missing = [name for name in order[: order.index(running.name)] if name not in known]
@@ -122,14 +130,14 @@ def auto_order(is_onnx: bool, cpu_order: tuple[str, ...] = ENGINES) -> tuple[str
 
 def describe(name: str) -> str:
     """Package and version behind an engine, and the device."""
-    if name in ("openvino", "onnx"):
+    if name in PACKAGES:
         return f"{PACKAGES[name]} {version(PACKAGES[name])} on {paddle.get_device()}"
     return f"paddle {paddle.__version__} on {paddle.get_device()}"
 
 
 def _by_speed(names: list[str], source: Source, num_threads: int | None) -> list[str]:
     """``names`` with those that are measured (or were, here, before) in front, the fastest first."""
-    names_measured = [name for name in names if name in PACKAGES]
+    names_measured = [name for name in names if name in MEASURED]
     if len(names_measured) < 2:
         return names
     versions = ", ".join(describe(name) for name in names_measured)
@@ -178,14 +186,18 @@ def _first_that_works(order: tuple[str, ...], source: Source, num_threads: int |
     raise UserError("no engine named")
 
 
+def _installed(name: str) -> bool:
+    return name not in PACKAGES or importlib.util.find_spec(PACKAGES[name]) is not None
+
+
 def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _build(name: str, source: Source, num_threads: int | None):
-    if name not in ("openvino", "onnx"):
+    if name not in PACKAGES:
         return BUILDERS[name](source.layer, num_threads)
-    if not importlib.util.find_spec(PACKAGES[name]):
+    if not _installed(name):
         raise UserError(f"engine {name!r} needs the package {PACKAGES[name]}: pip install {PACKAGES[name]}")
     if source.path is None:
         return BUILDERS[name](source.layer, num_threads)

@@ -86,9 +86,8 @@ class Embedder:
         """Keep to the precision that all embeddings so far have: float32 where too few images were seen to decide."""
         if self._checking and self.precision == "auto":
             self.precision, self._checking = "fp32", False
-            say(
-                f"precision fp32: {self._num_checked} images are too few to check bfloat16 on ({CHECKED_IMAGES} wanted)"
-            )
+            seen = f"{self._num_checked} images are too few to check bfloat16 on"
+            say(f"precision fp32: {seen} ({CHECKED_IMAGES} wanted)")
 
     def __call__(self, images_NHWC: np.ndarray, flip: bool = False) -> np.ndarray:
         """Embed ``images_NHWC``, or their mirror images with ``flip``; not normalised, any N from 0.
@@ -167,8 +166,8 @@ class Embedder:
             self._engine.precision = "bf16" if self.precision == "bf16" else "fp32"
         if fails or enough:
             self._checking = False
-            say(f"precision {self.precision}: least cosine of bfloat16 to float32 {self._worst:.6f} on "
-                f"{self._num_checked} images and their mirror images, at least {LEAST_COSINE} wanted")  # fmt: skip
+            found = f"least cosine of bfloat16 to float32 {self._worst:.6f} on {self._num_checked} images"
+            say(f"precision {self.precision}: {found} and their mirror images, at least {LEAST_COSINE} wanted")
 
     def _no_bfloat16(self) -> str | None:
         if self.engine != "openvino":
@@ -234,7 +233,8 @@ def load_embedder(
         source = Source(path, lambda: load_backbone(path, network), options)
     else:
         source = Source(model)
-    return Embedder(start_engine(source, engine, num_threads, AUTO_ORDER), source, batch_size, precision)
+    running = start_engine(source, engine, num_threads, AUTO_ORDER, reduced=precision != "fp32")
+    return Embedder(running, source, batch_size, precision)
 
 
 def weights_path(model: str | Path, which: str = "last") -> Path:
@@ -279,8 +279,8 @@ def chosen_options(told: dict | None, network: str | None, source: str | Path) -
     """
     if network is None:
         if told is None:
-            raise UserError(f"{source}: no config.yaml beside it, and its tensors tell no known network; "
-                            "name it, for example --network iresnet50")  # fmt: skip
+            problem = "no config.yaml beside it, and its tensors tell no known network"
+            raise UserError(f"{source}: {problem}; name it, for example --network iresnet50")
         return dict(told)
     try:
         same = told is not None and resolve_name(told["network"]) == resolve_name(network)
@@ -301,9 +301,16 @@ def model_options(run: Path) -> dict | None:
     return {key: value for key, value in section.items() if value is not None}
 
 
-def infer(image, backbone: str = "iresnet50", pretrained: str | Path = "", num_features: int | None = None,
-          flip: bool = False, engine: str = "auto", detector: str | Path | None = None,
-          precision: str = "fp32") -> np.ndarray:  # fmt: skip
+def infer(
+    image,
+    backbone: str = "iresnet50",
+    pretrained: str | Path = "",
+    num_features: int | None = None,
+    flip: bool = False,
+    engine: str = "auto",
+    detector: str | Path | None = None,
+    precision: str = "fp32",
+) -> np.ndarray:
     """Embed one face, or a batch of them; the model and the detector are kept for the next call.
 
     Args:

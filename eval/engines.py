@@ -168,12 +168,11 @@ class OnnxEngine:
             try:
                 self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
             except Exception as error:  # a provider's or a graph's; onnxruntime has no base class for them
-                raise UserError(
-                    f"{self._path}: onnxruntime cannot run it ({' '.join(str(error).split())[:200]})"
-                ) from None
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{self._path}: onnxruntime cannot run it ({reason})") from None
         if self._session.get_providers()[0] == "CPUExecutionProvider" and len(providers) > 1:
-            raise UserError(f"{self._path}: onnxruntime cannot use the GPU here; install onnxruntime-gpu or use "
-                            "--device cpu")  # fmt: skip
+            remedy = "install onnxruntime-gpu or use --device cpu"
+            raise UserError(f"{self._path}: onnxruntime cannot use the GPU here; {remedy}")
         (self._input,) = (source.name for source in self._session.get_inputs())
         outputs = self._session.get_outputs()
         shapes = [[size if isinstance(size, int) else None for size in output.shape] for output in outputs]
@@ -227,8 +226,8 @@ def check_device(engine: str, *devices: str) -> str:
     """
     kind = paddle.get_device().partition(":")[0]
     if kind not in devices:
-        raise UserError(f"engine {engine!r} runs on {' and '.join(devices)}, not on {paddle.get_device()}; "
-                        "use --engine static or dynamic, or --device cpu")  # fmt: skip
+        problem = f"engine {engine!r} runs on {' and '.join(devices)}, not on {paddle.get_device()}"
+        raise UserError(f"{problem}; use --engine static or dynamic, or --device cpu")
     return kind
 
 

@@ -45,8 +45,8 @@ def kept_onnx(path: Path, key: str, make: Callable[[Path], object], say: Callabl
         fresh = Path(temporary) / "model.onnx"
         make(fresh)
         kept = _keep(path, name, lambda aside: shutil.copyfile(fresh, aside))
-        say(f"{path.name} converted once, kept as {kept}" if kept else f"{path.name} converted, to be kept nowhere: "
-            f"neither {' nor '.join(map(str, _folders(path)))} can be written")  # fmt: skip
+        nowhere = f"to be kept nowhere: neither {' nor '.join(map(str, _folders(path)))} can be written"
+        say(f"{path.name} converted once, kept as {kept}" if kept else f"{path.name} converted, {nowhere}")
         yield kept or fresh
 
 

@@ -145,6 +145,6 @@ def _pixel_range(graph: Graph, otherwise: str) -> str:
         if 0.4 < max(map(abs, ends)) < 150:
             asymmetry[name] = abs(sum(ends)) / abs(ends[1] - ends[0])
     if not asymmetry:
-        raise UserError(f"{graph.path}: its graph begins with {scale:.4g} * pixel + {shift:.4g}, which fits neither "
-                        "pixels of 0 ... 255, nor 0 ... 1, nor -1 ... 1")  # fmt: skip
+        begin = f"its graph begins with {scale:.4g} * pixel + {shift:.4g}"
+        raise UserError(f"{graph.path}: {begin}, which fits neither pixels of 0 ... 255, nor 0 ... 1, nor -1 ... 1")
     return min(asymmetry, key=asymmetry.get)

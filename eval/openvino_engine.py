@@ -23,6 +23,12 @@ TYPES = {"fp32": "f32", "bf16": "bf16"}
 REAL_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and ARM; emulated it would be slower than float32
 
 
+def emulates_bfloat16() -> bool:
+    """Whether this processor says that it has no products in bfloat16 of its own."""
+    _, flags = processor()
+    return bool(flags) and not REAL_BFLOAT16 & flags
+
+
 class Pending:
     """Embeddings on their way."""
 
@@ -59,9 +65,9 @@ class OpenvinoEngine:
             with as_onnx(model) as path:
                 self.network_input = read_onnx_input(path)
                 network = self._core.read_model(str(path))
-            shapes = [[dim.get_length() if dim.is_static else None for dim in output.partial_shape]
-                      for output in network.outputs]  # fmt: skip
-            self._output = embedding_output(self._path, shapes)
+            shapes = [output.partial_shape for output in network.outputs]
+            known = [[side.get_length() if side.is_static else None for side in shape] for shape in shapes]
+            self._output = embedding_output(self._path, known)
             self._model = _of_pixels(network, self.network_input)
             probe = self._submit(np.zeros((1, *self._image_shape), np.uint8), False, 1)
             self.embedding_size = probe[0].result().shape[-1]
@@ -71,9 +77,7 @@ class OpenvinoEngine:
     @property
     def has_bfloat16(self) -> bool:
         """Whether the processor itself computes in bfloat16."""
-        _, flags = processor()
-        told = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return told and (not flags or bool(REAL_BFLOAT16 & flags))
+        return "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") and not emulates_bfloat16()
 
     def start(self, image_BHWC: np.ndarray, view: str = "plain", largest: int = ROWS) -> Pending:
         """Begin to embed uint8 RGB [B, H, W, 3], which must not change until the result is there.
@@ -135,8 +139,8 @@ class _Compiled:
     """A compiled network and the requests of it that are idle."""
 
     def __init__(self, compiled, output: int, both: bool, num_images: int | None, path: str | Path):
-        self._compiled, self._output, self._both, self._num_images, self._path = (
-            compiled, output, both, num_images, path)  # fmt: skip
+        self._compiled, self._output, self._both = compiled, output, both
+        self._num_images, self._path = num_images, path
         self._idle: queue.SimpleQueue = queue.SimpleQueue()
 
     def run(self, image_PHWC: np.ndarray) -> np.ndarray:
