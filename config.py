@@ -255,10 +255,11 @@ class Config(Section):
     init: InitConfig = InitConfig()
 
     def head_options(self) -> dict[str, Any]:
-        """Keyword arguments of ``PartialFC`` beyond classes, margin, rate, ranks, seed; unset ones follow ``optim``."""
+        """Keyword arguments of ``PartialFC`` beyond classes, margin, ranks, seed; unset ones follow ``optim``."""
         head, optim = self.head, self.optim
         optimizer = head.optimizer or ("adamw" if optim.name == "adamw" else "sgd")
         return {
+            "sample_rate": head.sample_rate,
             "optimizer": optimizer,
             "update": "sampled" if optimizer == "adamw" else head.update,
             "momentum": optim.momentum if head.momentum is None else head.momentum,
@@ -293,6 +294,21 @@ class Config(Section):
         extra = {"rec": {"prefix": data.prefix}, "list": {"list_file": data.list_file}, "mnist": {"split": data.split}}
         options = {"root": data.root, "relabel": data.relabel, **extra.get(data.kind, {})}
         return {key: value for key, value in options.items() if value is not None}
+
+    def loader_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``dataset.build_train_loader`` beyond source, batch, ranks, seed."""
+        options = self.data.model_dump(include={"num_threads", "augment", "flip", "resize", "prefetch"})
+        return {**options, "image_size": self.model.input_size}
+
+    def schedule_options(self, steps_per_epoch: int) -> dict[str, Any]:
+        """Keyword arguments of ``LrSchedule`` beyond the learning rate."""
+        run, plan = self.run, self.schedule
+        return {
+            **plan.model_dump(exclude={"warmup_epochs"}),
+            "steps_per_epoch": steps_per_epoch,
+            "total_steps": run.max_steps or run.epochs * steps_per_epoch,
+            "warmup_steps": plan.warmup_steps or round(plan.warmup_epochs * steps_per_epoch),
+        }
 
     def optimizer_options(self) -> dict[str, Any]:
         """Keyword arguments of ``BackboneOptimizer``."""

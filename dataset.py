@@ -45,11 +45,12 @@ __all__ = [
     "build_source",
     "build_train_loader",
     "check_labels",
-    "count_classes",
+    "open_source",
     "recognise",
     "save_identities",
 ]
 
+WHERE_DATA_IS = "MS1MV2, MS1MV3, Glint360K: github.com/deepinsight/insightface, recognition/_datasets_"
 LABELS_AT_ONCE = 1 << 12  # record headers that a thread reads in one go
 # Listed files that are looked for before anything is read, an even sample of a longer list: seconds even where a file
 # server answers each in milliseconds, as threads that wait take no core.
@@ -512,6 +513,24 @@ def build_source(kind: str, *, relabel: bool = False, **options) -> Source:
             raise
         raise UserError(f"data.kind {kind}: {error}") from error
     return Relabelled(source) if relabel and not source.numbered else source
+
+
+def open_source(data, options: dict) -> tuple[Source, int]:
+    """The source that a ``config.DataConfig`` names and its number of classes, on which settings and data must agree.
+
+    Args:
+        options: of ``build_source`` beside the kind, ``config.Config.source_options()``.
+    """
+    place = data.list_file or data.root
+    try:
+        source = build_source(data.kind, **options)
+    except FileNotFoundError as error:
+        if data.list_file is not None and error.filename is not None and str(error.filename) == str(data.list_file):
+            raise UserError(f"data.list_file: {data.list_file}: no such file; name the list of the images") from None
+        raise UserError(f"{error}; put the data set there or set data.root=FOLDER ({WHERE_DATA_IS})") from None
+    if len(source) == 0:
+        raise UserError(f"{place}: no images in it")
+    return source, count_classes(source, place, data.num_classes)
 
 
 def _build_several(

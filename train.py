@@ -16,7 +16,7 @@ import paddle
 
 from backbones import build_backbone
 from config import Config, dump_config, fresh, parse_arguments
-from dataset import build_source, build_train_loader, count_classes, save_identities
+from dataset import build_source, build_train_loader, open_source, save_identities
 from eval.during_training import Verification
 from losses import build_margin
 from partial_fc import PartialFC
@@ -45,15 +45,15 @@ from utils.weights.initial import load_initial
 from utils.weights.states import save_pdparams
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "ms1mv2_r50.yaml"
-WHERE_DATA_IS = "MS1MV2, MS1MV3, Glint360K: github.com/deepinsight/insightface, recognition/_datasets_"
 
 
 def build(config: Config) -> Run:
     """Everything a run needs. All ranks call it; bad input on one of them ends all, each with one line."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    run, data, model, optim, plan = config.run, config.data, config.model, config.optim, config.schedule
+    run, data, model, optim = config.run, config.data, config.model, config.optim
+    common = {"rank": rank, "world_size": world_size, "seed": run.seed}
     with distributed.together():
-        source, num_classes = open_source(config)
+        source, num_classes = open_source(data, config.source_options())
         check_precision(run.precision, paddle.get_device(), gpu_capability())
         margin = build_margin(config.head.margin.name, **config.head.margin.kwargs())
         paddle.seed(run.seed)
@@ -65,43 +65,39 @@ def build(config: Config) -> Run:
     resume = find_resume(config, expected, len(source))
     batch_size, accumulation, batch_note = fit_batch(resume, run.batch_size, run.accumulation, world_size)
     with distributed.together():
-        loader = build_train_loader(
-            source, batch_size, rank=rank, world_size=world_size, seed=run.seed, num_threads=data.num_threads,
-            augment=data.augment, flip=data.flip, image_size=model.input_size, resize=data.resize,
-            prefetch=data.prefetch,
-        )  # fmt: skip
+        loader = build_train_loader(source, batch_size, **common, **config.loader_options())
         steps_per_epoch = len(loader) // accumulation
         if steps_per_epoch == 0:
             raise UserError(f"run.accumulation: {accumulation} micro-batches, but an epoch has only {len(loader)}")
-        head = PartialFC(
-            num_classes, model.embedding_size, margin, sample_rate=config.head.sample_rate, rank=rank,
-            world_size=world_size, seed=run.seed, **config.head_options(),
-        )  # fmt: skip
+        head = PartialFC(num_classes, model.embedding_size, margin, **common, **config.head_options())
         init = config.init
         init_note = load_initial(backbone, head, init.backbone, init.head, init.freeze, init.optional)
     replica = Replica(backbone, run.sync_bn, recompute=bool(model.recompute), compile=run.compile)
     optimizer = BackboneOptimizer(trainable(backbone), **config.optimizer_options())
     images_per_update = batch_size * accumulation * world_size
-    schedule = LrSchedule(
-        plan.name, scaled_lr(optim.lr, optim.lr_batch, images_per_update), steps_per_epoch,
-        total_steps=run.max_steps or run.epochs * steps_per_epoch,
-        warmup_steps=plan.warmup_steps or round(plan.warmup_epochs * steps_per_epoch),
-        power=plan.power, milestones=plan.milestones, gamma=plan.gamma, min_lr=plan.min_lr,
-    )  # fmt: skip
+    base_lr = scaled_lr(optim.lr, optim.lr_batch, images_per_update)
+    schedule = LrSchedule(base_lr=base_lr, **config.schedule_options(steps_per_epoch))
     moved = open_run_folder(run.output, fresh=resume is None)
+    dashboards = {"tensorboard": config.log.tensorboard, "visualdl": config.log.visualdl}
     step = resume["step"] if resume else None
-    log = RunLog(
-        run.output, rank, tensorboard=config.log.tensorboard, visualdl=config.log.visualdl, resume_step=step,
-        total_steps=schedule.total_steps,
-    )  # fmt: skip
+    log = RunLog(run.output, rank, resume_step=step, total_steps=schedule.total_steps, **dashboards)
     parts = Run(
-        config=config, loader=loader, replica=replica, head=head, optimizer=optimizer, schedule=schedule,
+        config=config,
+        loader=loader,
+        replica=replica,
+        head=head,
+        optimizer=optimizer,
+        schedule=schedule,
         scaler=LossScaler(run.precision, run.loss_scale, run.max_skips),
-        ema=Ema(backbone, run.ema) if run.ema else None, verification=verification, log=log,
+        ema=Ema(backbone, run.ema) if run.ema else None,
+        verification=verification,
+        log=log,
         writer=CheckpointWriter(run.output, config.checkpoint.keep, config.checkpoint.asynchronous),
         watchdog=Watchdog(run.output, rank, world_size, hang_timeout=run.hang_timeout, on_end=log.warning),
-        spikes=SpikeDetector(config.log.spike), accumulation=accumulation, images_per_update=images_per_update,
-    )  # fmt: skip
+        spikes=SpikeDetector(config.log.spike),
+        accumulation=accumulation,
+        images_per_update=images_per_update,
+    )
     with distributed.together():
         parts.pictures = open_pictures(config, log, build_source)
         if resume:
@@ -207,20 +203,6 @@ def verify(run: Run) -> bool:
         run.log.info(f"no better verification in {progress.verifications_since_best} (verify.patience): stopping")
     run.watchdog.done(progress.step)
     return improved
-
-
-def open_source(config: Config) -> tuple:
-    """The data source and its number of classes, which configuration and data must agree on."""
-    data, place = config.data, config.data.list_file or config.data.root
-    try:
-        source = build_source(data.kind, **config.source_options())
-    except FileNotFoundError as error:
-        if data.list_file is not None and error.filename is not None and str(error.filename) == str(data.list_file):
-            raise UserError(f"data.list_file: {data.list_file}: no such file; name the list of the images") from None
-        raise UserError(f"{error}; put the data set there or set data.root=FOLDER ({WHERE_DATA_IS})") from None
-    if len(source) == 0:
-        raise UserError(f"{place}: no images in it")
-    return source, count_classes(source, place, data.num_classes)
 
 
 @one_line_errors

@@ -146,13 +146,9 @@ def test_every_configuration_loads_and_fits(path):
     build_augment(config.data.augment)
     known = available_options(config.model.network)
     assert set(config.model.kwargs()) <= set(known)
-    plan = config.schedule
-    schedule = LrSchedule(
-        plan.name, config.optim.lr, 100, config.run.epochs * 100, round(plan.warmup_epochs * 100), plan.power,
-        plan.milestones, plan.gamma, plan.min_lr,
-    )  # fmt: skip
+    schedule = LrSchedule(base_lr=config.optim.lr, **config.schedule_options(steps_per_epoch=100))
     assert 0 < schedule(0) <= config.optim.lr
-    assert all(m < config.run.epochs for m in plan.milestones)
+    assert all(m < config.run.epochs for m in config.schedule.milestones)
 
 
 @pytest.mark.parametrize(
