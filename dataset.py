@@ -4,7 +4,6 @@ A source (``utils/data/source.py`` declares the contract) has ``len``, ``keys`` 
 ``source[i] -> (uint8 RGB [H, W, 3], int label)``; the loader asks it for encoded bytes and labels.
 """
 
-import contextlib
 import gzip
 import math
 import os
@@ -25,7 +24,7 @@ from utils.data.loader import TrainLoader, build_train_loader
 from utils.data.several import SeveralSources
 from utils.data.shards import BLOCK, ShardFiles, describe_member, open_shards
 from utils.data.source import Source
-from utils.data.table import load_table, one_at_a_time, save_table, table_place
+from utils.data.table import stored_table
 from utils.errors import UserError
 from utils.images import find_image_files
 from utils.progress import progress
@@ -118,19 +117,15 @@ class FaceRecordDataset(Source):
         """
         if samples is not None or len(self) <= EXACT:
             return self._read_labels(np.arange(len(self)) if samples is None else samples)
-        place = table_place(self.rec_path.with_name(f".{self.rec_path.stem}.labels"))
         status = self.rec_path.stat()
         stamp = [status.st_size, status.st_mtime_ns, len(self), int(self.keys[0]), int(self.keys[-1])]
-        found = load_table(place)
-        if found is None or found[0] != stamp:
-            with one_at_a_time(place):
-                found = load_table(place)
-                if found is None or found[0] != stamp:
-                    labels = self._read_labels(np.arange(len(self)))
-                    with contextlib.suppress(OSError):  # nowhere to keep them: read again next time
-                        save_table(place, stamp, labels.astype(np.int32 if labels.max() < 2**31 else np.int64))
-                    return labels
-        return found[1].astype(np.int64)
+
+        def make(_: object) -> tuple[list, np.ndarray]:
+            labels = self._read_labels(np.arange(len(self)))
+            return stamp, labels.astype(np.int32 if labels.max() < 2**31 else np.int64)
+
+        place = self.rec_path.with_name(f".{self.rec_path.stem}.labels")
+        return stored_table(place, lambda found: found is not None and found[0] == stamp, make)[1].astype(np.int64)
 
     def _read_labels(self, samples: np.ndarray) -> np.ndarray:
         def part(start: int) -> np.ndarray:

@@ -6,20 +6,21 @@ checksum is held against its bytes. Python's ``tarfile`` makes an object of each
 
 import functools
 import glob
+import io
 import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils.data.table import load_table, one_at_a_time, save_table, table_place
+from utils.data.table import stored_table
 from utils.errors import UserError
 from utils.files import describe_bytes
 from utils.images import PassedOver, is_hidden, is_image_name
@@ -31,16 +32,14 @@ READ = 1 << 20  # bytes asked for at a time
 INDEX_NAME = ".wds-index"
 LABEL_KEYS = ("label", "cls", "class", "identity", "class_id", "person", "id")  # of a .json, the first that is there
 _RANK = {"cls": 0, "json": 1, "txt": 2}  # where several are there, the first counts
-_CHECKED = 1024  # headers whose checksums are taken together
 # offset and size of the image in its shard, its label, and how many blocks before it its first header starts
 ENTRY = np.dtype([("offset", "<i8"), ("label", "<i8"), ("size", "<u4"), ("lead", "<u2")])
 _COMPRESSED = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
-_NO_DATA = frozenset(b"123456")  # links, devices, folders
-_FILE = frozenset(b"0\x007")
+# Tar's type bytes: folders; what has no data (they, links, devices); files.
+_FOLDER, _NO_DATA, _FILE = ord("5"), b"123456", b"0\x007"
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One entry: its name, kind (tar's type byte), first header's offset, data's offset and size in bytes."""
 
     name: str
@@ -93,57 +92,42 @@ def _expand(pattern: str) -> list[str]:
     return [pattern[: match.start()] + middle + end for middle, end in itertools.product(inner, rest)]
 
 
-class _Window:
-    """Bytes of a file by offset, read in large pieces."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._file = path, open(path, "rb", buffering=0)  # noqa: SIM115 - closed by whoever made it
-        self.size = os.fstat(self._file.fileno()).st_size
-        self._start, self._bytes = 0, b""
-
-    def get(self, offset: int, num_bytes: int) -> bytes:
-        first = offset - self._start
-        if not 0 <= first <= len(self._bytes) - num_bytes:
-            self._file.seek(offset)
-            self._start, self._bytes, first = offset, self._file.read(max(READ, num_bytes)) or b"", 0
-            while len(self._bytes) < num_bytes and (more := self._file.read(num_bytes - len(self._bytes))):
-                self._bytes += more
-        return self._bytes[first : first + num_bytes]
-
-    def close(self) -> None:
-        self._file.close()
+def _read_at(file: BufferedReader, offset: int, num_bytes: int) -> bytes:
+    file.seek(offset)  # inside the buffer nothing is read again
+    return file.read(num_bytes)
 
 
-def walk_shard(window: _Window, position: int = 0, whole: bool = True) -> Iterator[Member]:
+def walk_shard(file: BufferedReader, position: int = 0, whole: bool = True) -> Iterator[Member]:
     """The members from ``position`` on; not ``whole``: also one that is cut.
 
     Raises:
         UserError: damaged or cut, naming shard, offset and the member before.
     """
-    path, before, unchecked = window.path, "the first member", []
+    path, num_bytes, before = file.name, os.fstat(file.fileno()).st_size, "the first member"
 
     def fail(reason: str, offset: int) -> UserError:
-        _check_sums(path, unchecked)  # a damaged header may be why we are here
         return UserError(f"{path}: {reason} at offset {offset} (behind {before}); fetch or write the shard again")
 
     while True:
-        start, name, size, longest = position, None, None, None
+        start, extended = position, {}
         while True:  # the headers of one member
-            head = window.get(position, BLOCK)
+            head = _read_at(file, position, BLOCK)
             if len(head) < BLOCK:
-                raise fail(f"cut: a shard of {window.size} bytes without an end mark", position)
+                raise fail(f"cut: a shard of {num_bytes} bytes without an end mark", position)
             if head[0] == 0 and not any(head):
-                _check_sums(path, unchecked)
-                _check_end(window, position)
+                rest = _read_at(file, position, 20 * BLOCK)
+                if behind := rest.lstrip(b"\0"):
+                    place = f"offset {position + len(rest) - len(behind)}"
+                    found = f"bytes behind the end mark at {place}: archives one after the other, or damage"
+                    raise UserError(f"{path}: {found}")
                 return
-            if head[257:262] != b"ustar" and not _looks_old(head):
+            if not _sum_agrees(head):
+                if head[257:262] == b"ustar":
+                    found = f"member {_short_name(head).decode('utf-8', 'replace')} at offset {position}"
+                    raise UserError(f"{path}: {found}: its header fails its checksum; fetch it again")
                 what = describe_bytes(head) if position == 0 else f"bytes {head[:4].hex()}"
                 raise fail(f"no tar header: {what}", position)
-            unchecked.append((position, head))
-            if len(unchecked) >= _CHECKED:
-                _check_sums(path, unchecked)
-            kind = head[156]
-            claimed = _number(head[124:136])
+            kind, claimed = head[156], _number(head[124:136])
             if claimed is None:
                 raise fail(f"a header without a size ({head[124:136]!r})", position)
             position += BLOCK
@@ -151,55 +135,36 @@ def walk_shard(window: _Window, position: int = 0, whole: bool = True) -> Iterat
                 break
             if claimed > READ:
                 raise fail(f"an extended header of {claimed} bytes", position - BLOCK)
-            data = window.get(position, claimed)
+            data = _read_at(file, position, claimed)
             if len(data) < claimed:
                 raise fail("cut: an extended header reaches behind the end", position - BLOCK)
             if kind == ord("L"):
-                longest = data.split(b"\0", 1)[0]
+                extended.setdefault(b"path", data.split(b"\0", 1)[0])
             elif kind in b"xX":
-                fields = _pax(data)
-                name, size = fields.get(b"path", name), fields.get(b"size", size)
+                extended.update(_pax(data))
             position += claimed + -claimed % BLOCK
-        size = claimed if size is None else int(size)
-        raw = name or longest or _short_name(head)
-        text = raw.decode("utf-8", "surrogateescape").removeprefix("./")
-        if kind in _NO_DATA or (text.endswith("/") and kind in _FILE):
-            yield Member(text, kind if kind in _NO_DATA else ord("5"), start, position, 0)
-        else:
-            if whole and position + size > window.size:
-                reason = f"cut: member {text} of {size} bytes reaches behind the end ({window.size} bytes)"
-                raise fail(reason, start)
-            yield Member(text, kind, start, position, size)
-            position += size + -size % BLOCK
-        before = text
+        size = int(extended.get(b"size", claimed))
+        raw = extended.get(b"path") or _short_name(head)
+        name = raw.decode("utf-8", "surrogateescape").removeprefix("./")
+        if name.endswith("/") and kind in _FILE:
+            kind = _FOLDER
+        if kind in _NO_DATA:
+            size = 0
+        elif whole and position + size > num_bytes:
+            raise fail(f"cut: member {name} of {size} bytes reaches behind the end ({num_bytes} bytes)", start)
+        yield Member(name, kind, start, position, size)
+        position += size + -size % BLOCK
+        before = name
 
 
-def _looks_old(head: bytes) -> bool:
-    """A header of before 1988, which has no magic: its checksum tells."""
+def _sum_agrees(head: bytes) -> bool:
+    """Is the sum of a header's bytes, those of the sum itself taken as blanks, the one that is written in it?
+
+    Adler-32's lower half is one more than the sum, modulo 65521: the quickest way to it.
+    """
     total = _number(head[148:156])
-    return total is not None and total == sum(head) - sum(head[148:156]) + 8 * 32
-
-
-def _check_sums(path: Path, headers: list[tuple[int, bytes]]) -> None:
-    """Hold the sum of each header's bytes against the one written in it, and forget the headers."""
-    if not headers:
-        return
-    bytes_NB = np.frombuffer(b"".join(head for _, head in headers), np.uint8).reshape(-1, BLOCK)
-    sums = bytes_NB.sum(1, dtype=np.int64) - bytes_NB[:, 148:156].sum(1, dtype=np.int64) + 8 * 32
-    for (offset, head), total in zip(headers, sums.tolist(), strict=True):
-        if _number(head[148:156]) != total:
-            name = _short_name(head).decode("utf-8", "replace")
-            raise UserError(f"{path}: member {name} at offset {offset}: its header fails its checksum; fetch it again")
-    headers.clear()
-
-
-def _check_end(window: _Window, position: int) -> None:
-    rest = window.get(position, min(window.size - position, 20 * BLOCK))
-    if any(rest):
-        behind = position + next(place for place, byte in enumerate(rest) if byte)
-        raise UserError(
-            f"{window.path}: bytes behind the end mark at offset {behind}: archives one after the other, or damage"
-        )
+    sums = zlib.adler32(head[:148] + b" " * 8 + head[156:]) & 0xFFFF
+    return total is not None and (1 + total) % 65521 == sums
 
 
 def _number(text: bytes) -> int | None:
@@ -246,13 +211,14 @@ def index_shard(path: Path) -> tuple[np.ndarray, PassedOver]:
     def fail(member: Member, reason: str) -> UserError:
         return UserError(f"{path}: member {member.name} at offset {member.start}: {reason}")
 
-    with closing(_Window(path)) as window:
-        for member in walk_shard(window):
-            if member.kind == ord("5"):
+    with open(path, "rb", buffering=READ) as file:
+        for member in walk_shard(file):
+            if member.kind == _FOLDER:
                 continue
+            folder, _, base = member.name.rpartition("/")
             key, dot, suffix = member.name.rpartition(".")
             suffix = suffix.lower()
-            if _is_hidden_path(member.name):
+            if is_hidden(base) or _is_hidden_folder(folder):
                 passed.add("hidden", member.name)
             elif not dot or not (suffix in _RANK or is_image_name(member.name)):
                 passed.add("members that are neither image nor label", member.name)
@@ -260,7 +226,7 @@ def index_shard(path: Path) -> tuple[np.ndarray, PassedOver]:
                 raise fail(member, "a link or special file; pack the files themselves (tar --dereference)")
             elif suffix in _RANK:
                 try:
-                    label = _read_label(window.get(member.offset, member.size), suffix)
+                    label = _read_label(_read_at(file, member.offset, member.size), suffix)
                 except ValueError as error:
                     raise fail(member, str(error)) from None
                 if label is not None:
@@ -290,14 +256,9 @@ def index_shard(path: Path) -> tuple[np.ndarray, PassedOver]:
 _WHOLE = re.compile(r"[+-]?\d{1,100}")
 
 
-def _is_hidden_path(name: str) -> bool:
-    folder, _, base = name.rpartition("/")
-    return is_hidden(base) or _is_hidden_folder(folder)
-
-
 @functools.lru_cache(1 << 12)
 def _is_hidden_folder(folder: str) -> bool:
-    return folder != "" and _is_hidden_path(folder)
+    return any(map(is_hidden, folder.split("/")))
 
 
 def _read_label(data: bytes, suffix: str) -> int | None:
@@ -325,8 +286,8 @@ def _read_label(data: bytes, suffix: str) -> int | None:
 def describe_member(path: Path, start: int) -> str:
     """``member <name>`` of the member whose first header is at ``start``."""
     try:
-        with closing(_Window(path)) as window:
-            return f"member {next(walk_shard(window, start, whole=False)).name}"
+        with open(path, "rb") as file:
+            return f"member {next(walk_shard(file, start, whole=False)).name}"
     except OSError as error:
         return f"a member ({error.strerror})"
     except (UserError, StopIteration):
@@ -344,18 +305,29 @@ def open_shards(root: str | os.PathLike) -> tuple[list[Path], np.ndarray, np.nda
     """
     paths = find_shards(root)
     folder = paths[0].parent
-    place = table_place(folder / INDEX_NAME)
     now = {os.path.relpath(path, folder): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
 
     def changed(known: dict[str, _Known]) -> list[str]:
         return [name for name, stamp in now.items() if name not in known or known[name].stamp != stamp]
 
-    known, table = _load(place)
-    if changed(known):
-        with one_at_a_time(place):
-            known, table = _load(place)  # somebody else may have made it meanwhile
-            if todo := changed(known):
-                known, table = _make(folder, place, known, todo, now)
+    def make(found: tuple | None) -> tuple[list, np.ndarray]:
+        """Index what has changed in threads (the reads overlap); the other shards that are still there stay known."""
+        known = _by_shard(found)
+        todo = changed(known)
+        shards = {name: each for name, each in known.items() if name not in todo and (folder / name).is_file()}
+        num_bytes = sum(now[name][0] for name in todo)
+        with (
+            progress_bar("indexing shards, MiB", num_bytes >> 20) as advance,
+            ThreadPoolExecutor(min(8, 2 * num_cores())) as pool,
+        ):
+            for name, indexed in zip(todo, pool.map(lambda name: index_shard(folder / name), todo), strict=True):
+                shards[name] = _Known(now[name], *indexed)
+                advance(now[name][0] >> 20)
+        rows = [[name, *each.stamp, len(each.entries), each.passed] for name, each in sorted(shards.items())]
+        return rows, np.concatenate([each.entries for _, each in sorted(shards.items())])
+
+    found = stored_table(folder / INDEX_NAME, lambda found: not changed(_by_shard(found)), make)
+    known, table = _by_shard(found), found[1]
     parts = [known[name].entries for name in now]
     starts = np.cumsum([0, *map(len, parts)])
     lines = [known[name].passed.describe(folder / name) for name in now if known[name].passed]
@@ -372,82 +344,48 @@ class _Known(NamedTuple):
     passed: PassedOver
 
 
-def _split(rows: list, table: np.ndarray) -> tuple[dict[str, _Known], np.ndarray]:
+def _by_shard(found: tuple[list, np.ndarray] | None) -> dict[str, _Known]:
     """What is stored (a row a shard: name, size, time, images, passed over; all entries) by shard."""
+    if found is None or found[1].dtype != ENTRY:
+        return {}
     known, stop = {}, 0
-    for name, size, changed, count, passed in rows:
+    for name, size, changed, count, passed in found[0]:
         start, stop = stop, stop + count
-        known[name] = _Known([size, changed], table[start:stop], PassedOver(passed))
-    return known, table
+        known[name] = _Known([size, changed], found[1][start:stop], PassedOver(passed))
+    return known
 
 
-def _load(place: Path) -> tuple[dict[str, _Known], np.ndarray]:
-    loaded = load_table(place)
-    return _split([], np.empty(0, ENTRY)) if loaded is None or loaded[1].dtype != ENTRY else _split(*loaded)
+class _File(io.FileIO):
+    """Closed with its last reference."""
 
-
-def _make(
-    folder: Path, place: Path, known: dict[str, _Known], todo: list[str], now: dict[str, list[int]]
-) -> tuple[dict[str, _Known], np.ndarray]:
-    """Index the shards ``todo`` in threads (the reads overlap), store the index of these and of the others known."""
-    shards = {name: each for name, each in known.items() if name not in todo and (folder / name).is_file()}
-    num_bytes = sum(now[name][0] for name in todo)
-    with (
-        progress_bar("indexing shards, MiB", num_bytes >> 20) as advance,
-        ThreadPoolExecutor(min(8, 2 * num_cores())) as pool,
-    ):
-        for name, found in zip(todo, pool.map(lambda name: index_shard(folder / name), todo), strict=True):
-            shards[name] = _Known(now[name], *found)
-            advance(now[name][0] >> 20)
-    rows = [[name, *each.stamp, len(each.entries), each.passed] for name, each in sorted(shards.items())]
-    table = np.concatenate([each.entries for _, each in sorted(shards.items())])
-    try:
-        save_table(place, rows, table)
-    except OSError:  # no cache folder either: the index is made again next time
-        return _split(rows, table)
-    return _load(place)
+    def __del__(self) -> None:
+        self.close()
 
 
 class ShardFiles:
     """Reads from many shards by several threads with a bounded number of open files."""
 
     def __init__(self, paths: list[Path], max_open: int | None = None) -> None:
-        self._arguments = paths, max_open
+        self._paths, self._max_open = paths, max_open
         # A file that falls out is closed when the last thread that reads from it lets go.
-        self._open = functools.lru_cache(max_open or _open_limit())(lambda which: _Open(paths[which]))
+        self._open = functools.lru_cache(max_open or _open_limit())(lambda which: _File(paths[which]))
 
     def __reduce__(self) -> tuple:
-        return ShardFiles, self._arguments
+        return ShardFiles, (self._paths, self._max_open)
 
     def read_into(self, which: int, view: memoryview, offset: int) -> int:
         """Fill ``view`` from ``offset`` of a shard on; returns how many bytes there were."""
-        return self._open(which).read_into(view, offset)
-
-
-class _Open:
-    """An open file, closed with its last reference."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._fd = path, -1
-        if hasattr(os, "preadv"):
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-    def read_into(self, view: memoryview, offset: int) -> int:
-        if self._fd < 0:  # no positional reads on this system
-            with open(self._path, "rb", buffering=0) as file:
+        if not hasattr(os, "preadv"):  # no positional reads on this system
+            with _File(self._paths[which]) as file:
                 file.seek(offset)
                 return file.readinto(view)
-        done = 0
+        file, done = self._open(which), 0
         while done < len(view):  # a signal can shorten a read
-            count = os.preadv(self._fd, [view[done:]], offset + done)
+            count = os.preadv(file.fileno(), [view[done:]], offset + done)
             if count == 0:
                 break
             done += count
         return done
-
-    def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
 
 
 def _open_limit() -> int:

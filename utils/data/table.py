@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tokenize import TokenError
 
@@ -19,7 +19,32 @@ import numpy as np
 from utils.files import written_whole
 
 
-def table_place(path: Path) -> Path:
+def stored_table(
+    path: Path, fits: Callable[[tuple | None], bool], make: Callable[[tuple | None], tuple[object, np.ndarray]]
+) -> tuple[object, np.ndarray]:
+    """(stamp, array) as they are stored at ``path`` (or in the cache) if they fit, else made and stored.
+
+    Args:
+        path: the file beside the data.
+        fits: are these true? None: there is none, or a damaged one.
+        make: (a JSON-able stamp, array [N]) from what is stored and does not fit.
+    """
+    path = _table_place(path)
+    found = _load_table(path)
+    if fits(found):
+        return found
+    with _one_at_a_time(path):
+        found = _load_table(path)  # somebody else may have made it meanwhile
+        if fits(found):
+            return found
+        stamp, array = make(found)
+        with contextlib.suppress(OSError):  # nowhere to keep it, so it is made again next time
+            _save_table(path, stamp, array)
+            return _load_table(path) or (stamp, array)
+        return stamp, array
+
+
+def _table_place(path: Path) -> Path:
     """``path`` where its folder may be written (the mode bits count even for root), else a file in the user's cache."""
     folder = path.resolve().parent
     writable = folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
@@ -29,7 +54,7 @@ def table_place(path: Path) -> Path:
     return cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}-{path.name.lstrip('.')}"
 
 
-def save_table(path: Path, stamp: object, array: np.ndarray) -> None:
+def _save_table(path: Path, stamp: object, array: np.ndarray) -> None:
     """Write an array [N] as ``.npy`` and, behind it, the JSON-able ``stamp`` that it is true for."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as aside, open(aside, "wb") as file:
@@ -37,7 +62,7 @@ def save_table(path: Path, stamp: object, array: np.ndarray) -> None:
         file.write(json.dumps(stamp).encode())
 
 
-def load_table(path: Path) -> tuple[object, np.ndarray] | None:
+def _load_table(path: Path) -> tuple[object, np.ndarray] | None:
     """(stamp, the array, read-only), or None where there is none or a damaged one."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
@@ -49,7 +74,7 @@ def load_table(path: Path) -> tuple[object, np.ndarray] | None:
 
 
 @contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
+def _one_at_a_time(path: Path) -> Iterator[None]:
     """Processes of this machine and user that make the same table wait for each other; others may make it as well."""
     try:
         import fcntl
