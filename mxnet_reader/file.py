@@ -7,7 +7,7 @@ what can be told from the framing is told: a record has to end where another one
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mxnet_reader.errors import RecordError
 from mxnet_reader.format import (
@@ -27,8 +27,7 @@ MAX_GUESS = 1 << 20  # an index with gaps must not make one record cost a huge r
 SEARCH_BLOCK = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
-class Scanned:
+class Scanned(NamedTuple):
     """One record met by a scan: where it starts and ends (padding included), payload size, payload's first bytes."""
 
     offset: int
@@ -38,28 +37,20 @@ class Scanned:
 
 
 class RecordFile:
-    """Records of one file by offset.
+    """Records of one file by offset; OSError if it cannot be opened.
 
     ``os.pread`` where the system has it; otherwise one handle behind a lock, reopened in a forked child.
-
-    Args:
-        path: the ``.rec`` file.
-        use_pread: None takes ``os.pread`` if there is one; False forces the locked fallback.
-
-    Raises:
-        OSError: the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, use_pread: bool | None = None) -> None:
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
-        self._use_pread = hasattr(os, "pread") if use_pread is None else use_pread
         self._open()
 
     def _open(self) -> None:
         self._handle = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as this object
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._fd = self._handle.fileno()
-        self._use_preadv = self._use_pread and hasattr(os, "preadv")
+        self._read, self._use_preadv = getattr(os, "pread", self._locked_read), hasattr(os, "preadv")
         self.size = os.fstat(self._fd).st_size
 
     def close(self) -> None:
@@ -76,10 +67,10 @@ class RecordFile:
         self.close()
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "_use_pread": self._use_pread, "closed": self.closed}
+        return {"path": self.path, "closed": self.closed}
 
     def __setstate__(self, state: dict) -> None:
-        self.path, self._use_pread = state["path"], state["_use_pread"]
+        self.path = state["path"]
         self._open()
         if state["closed"]:
             self.close()
@@ -94,10 +85,9 @@ class RecordFile:
     def _read_at(self, num_bytes: int, offset: int) -> bytes:
         if self._handle.closed:
             raise ValueError(f"{self.path}: read after close")
-        read = os.pread if self._use_pread else self._locked_read
-        block = read(self._fd, num_bytes, offset)
+        block = self._read(self._fd, num_bytes, offset)
         # A signal or the kernel's 2 GiB limit can shorten a read.
-        while len(block) < num_bytes and (more := read(self._fd, num_bytes - len(block), offset + len(block))):
+        while len(block) < num_bytes and (more := self._read(self._fd, num_bytes - len(block), offset + len(block))):
             block += more
         return block
 
@@ -142,6 +132,7 @@ class RecordFile:
         Raises:
             RecordError: there is no whole, well-formed record at this offset.
         """
+        whole = None
         if 0 <= offset < self.size:
             guess = READ_AHEAD if limit is None or limit <= offset else min(limit - offset, MAX_GUESS)
             block = self._read_at(min(guess, self.size - offset), offset)
@@ -149,14 +140,10 @@ class RecordFile:
                 magic, word = PART_HEADER.unpack_from(block)
                 stop = 8 + word
                 if magic == MAGIC and word <= MAX_LENGTH and stop + 3 & ~3 <= len(block):  # whole (cflag 0) and here
-                    end = offset + (stop + 3 & ~3)
-                    payload = block[8:stop]
-                    if stop & 3 and any(block[stop : end - offset]):
+                    whole = block[8:stop], offset + (stop + 3 & ~3)
+                    if stop & 3 and any(block[stop : stop + 3 & ~3]):
                         self._raise_padding(word, offset, key)
-                    if end != limit and not trust_end:
-                        self._check_end(payload, offset, end, key, limit)
-                    return payload, end
-        payload, end = self._read_parts(offset, key)
+        payload, end = whole or self._read_parts(offset, key)
         if end != limit and not trust_end:
             self._check_end(payload, offset, end, key, limit)
         return payload, end
@@ -207,10 +194,8 @@ class RecordFile:
 
     def _check_end(self, payload: bytes, offset: int, end: int, key: object, limit: int | None) -> None:
         """A record whose end is not where the index says the next one starts: is its length to be believed?"""
-        if end >= self.size and (limit is None or limit >= self.size):
-            swallowed = self._swallows_magic(offset, end)
-        elif limit is not None and offset < limit < end:
-            swallowed = self.read_bytes(4, limit) == MAGIC_BYTES and self._starts_record(limit)
+        if limit is not None and offset < limit < min(end, self.size):
+            swallowed = self._starts_record(limit)
         else:
             swallowed = self._swallows_magic(offset, end)
         if swallowed:
@@ -247,9 +232,7 @@ class RecordFile:
             ``damaged``: a record whose header is spoiled; ``lost``: neither, but records follow further on.
         """
         head = self.read_bytes(8, position)
-        if position == 0:
-            return "damaged"
-        if sum(a == b for a, b in zip(head, MAGIC_BYTES, strict=False)) >= 2:
+        if position == 0 or sum(a == b for a, b in zip(head, MAGIC_BYTES, strict=False)) >= 2:
             return "damaged"
         if len(head) < 8 or not any(head):
             return "garbage" if self.find_record(position) is None else "lost"
@@ -309,11 +292,9 @@ class RecordFile:
     def _scan_one(self, position: int) -> Scanned | None:
         block = self.read_bytes(64, position)
         if len(block) < 8 or block[:4] != MAGIC_BYTES:
-            verdict = self.judge_gap(position)
-            if verdict == "garbage":
+            if self.judge_gap(position) == "garbage":
                 return None
-            found = block[:4].hex()
-            raise RecordError(self.path, f"no record here: bytes {found} in the magic's place", position)
+            raise RecordError(self.path, f"no record here: bytes {block[:4].hex()} in the magic's place", position)
         length = PART_HEADER.unpack_from(block)[1]
         stop = position + 8 + length
         if length > MAX_LENGTH or stop > self.size:

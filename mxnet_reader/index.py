@@ -3,8 +3,9 @@
 N records; ``keys_N`` and ``offsets_N`` are int64, in the order of the file.
 """
 
+import functools
 import os
-import tempfile
+import secrets
 import warnings
 from collections.abc import Iterator, Mapping, MutableSequence
 from pathlib import Path
@@ -27,17 +28,22 @@ class RecordIndex:
 
     def __init__(self, keys: np.ndarray, offsets: np.ndarray, path: str | os.PathLike = "<index>") -> None:
         self.keys_N, self.offsets_N, self.path = keys, offsets, os.fspath(path)
-        self._first_key = int(keys[0]) if len(keys) and _ascends(keys, 1) else None
+        # The first key where they are consecutive numbers in ascending order, else None.
+        self.first_key = int(keys[0]) if len(keys) and _ascends(keys, 1) else None
         self.offsets_ascend = _ascends(offsets)
-        self._order = self._sorted_keys = self._sorted_offsets = None
 
     def __len__(self) -> int:
         return len(self.keys_N)
 
-    @property
-    def ascending_by_one(self) -> bool:
-        """True if the keys are consecutive numbers in ascending order."""
-        return self._first_key is not None
+    @functools.cached_property
+    def _by_key(self) -> tuple[np.ndarray, np.ndarray]:
+        """(rows in the order of their keys, the keys in order)."""
+        order = np.argsort(self.keys_N, kind="stable")
+        return order.astype(np.int32) if len(order) < 2**31 else order, self.keys_N[order]
+
+    @functools.cached_property
+    def _sorted_offsets(self) -> np.ndarray:
+        return self.offsets_N if self.offsets_ascend else np.unique(self.offsets_N)
 
     def row(self, key: int) -> int:
         """Row of a key.
@@ -45,22 +51,16 @@ class RecordIndex:
         Raises:
             MissingKeyError: no such key.
         """
-        if self._first_key is not None:
-            row = key - self._first_key
+        if self.first_key is not None:
+            row = key - self.first_key
             if 0 <= row < len(self.keys_N):
                 return int(row)
         elif len(self.keys_N):
-            self._sort_keys()
-            place = int(np.searchsorted(self._sorted_keys, key, side="right")) - 1
-            if place >= 0 and self._sorted_keys[place] == key:
-                return int(self._order[place])
+            row_N, key_N = self._by_key
+            place = int(np.searchsorted(key_N, key, side="right")) - 1
+            if place >= 0 and key_N[place] == key:
+                return int(row_N[place])
         raise MissingKeyError(self.path, "no such key in the index", key=key)
-
-    def _sort_keys(self) -> None:
-        if self._sorted_keys is None:
-            order = np.argsort(self.keys_N, kind="stable")
-            self._order = order.astype(np.int32) if len(order) < 2**31 else order
-            self._sorted_keys = self.keys_N[order]
 
     def __contains__(self, key: int) -> bool:
         try:
@@ -78,16 +78,8 @@ class RecordIndex:
 
     def next_offset(self, offset: int) -> int | None:
         """The smallest offset of the index that lies behind this one, or None."""
-        offsets = self.offsets_N
-        if not self.offsets_ascend:
-            offsets = self._offsets_in_order()
-        place = int(np.searchsorted(offsets, offset, side="right"))
-        return int(offsets[place]) if place < len(offsets) else None
-
-    def _offsets_in_order(self) -> np.ndarray:
-        if self._sorted_offsets is None:
-            self._sorted_offsets = np.unique(self.offsets_N)
-        return self._sorted_offsets
+        place = int(np.searchsorted(self._sorted_offsets, offset, side="right"))
+        return int(self._sorted_offsets[place]) if place < len(self._sorted_offsets) else None
 
     def places(self, keys_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Offsets of many keys, and of the records that the index has next (-1: none), int64 [K] each.
@@ -95,34 +87,32 @@ class RecordIndex:
         Raises:
             MissingKeyError: a key is not there.
         """
-        if self._first_key is not None:
-            row_K = np.asarray(keys_K, np.int64) - self._first_key
+        if self.first_key is not None:
+            row_K = np.asarray(keys_K, np.int64) - self.first_key
             missing_K = (row_K < 0) | (row_K >= len(self.keys_N))
         else:
-            self._sort_keys()
-            place_K = np.searchsorted(self._sorted_keys, keys_K, side="right") - 1
-            missing_K = (place_K < 0) | (self._sorted_keys[place_K] != keys_K)
-            row_K = self._order[place_K]
+            row_N, key_N = self._by_key
+            place_K = np.searchsorted(key_N, keys_K, side="right") - 1
+            missing_K = (place_K < 0) | (key_N[place_K] != keys_K)
+            row_K = row_N[place_K]
         if missing_K.any():
             raise MissingKeyError(self.path, "no such key in the index", key=int(keys_K[missing_K.argmax()]))
         offset_K = self.offsets_N[row_K]
-        if self.offsets_ascend:
-            behind, offsets = row_K + 1, self.offsets_N
-        else:
-            behind, offsets = np.searchsorted(self._offsets_in_order(), offset_K, side="right"), self._sorted_offsets
+        offsets = self._sorted_offsets
+        behind = row_K + 1 if self.offsets_ascend else np.searchsorted(offsets, offset_K, side="right")
         last = behind == len(offsets)
         return offset_K, np.where(last, -1, offsets[np.where(last, 0, behind)])
 
     def unique_keys(self) -> np.ndarray:
         """Keys in file order, a repeated key at its first place only; a view where nothing repeats."""
-        if self._first_key is not None or len(self.keys_N) == 0:
+        if self.first_key is not None or len(self.keys_N) == 0:
             return self.keys_N
-        self._sort_keys()
-        repeats = self._sorted_keys[1:] == self._sorted_keys[:-1]
+        row_N, key_N = self._by_key
+        repeats = key_N[1:] == key_N[:-1]
         if not repeats.any():
             return self.keys_N
         keep = np.ones(len(self.keys_N), dtype=bool)
-        keep[self._order[1:][repeats]] = False
+        keep[row_N[1:][repeats]] = False
         return self.keys_N[keep]
 
 
@@ -195,18 +185,15 @@ def _read_lines(path: str) -> tuple[np.ndarray, bool]:
 
 def write_index(path: str | os.PathLike, keys: np.ndarray, offsets: np.ndarray) -> None:
     """Write ``key<tab>offset`` lines aside and rename, so that no half index is ever seen."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(descriptor, "w", newline="\n") as file:
+        with open(aside, "w", newline="\n") as file:
             for start in range(0, len(keys), CHUNK):
                 pairs = zip(keys[start : start + CHUNK].tolist(), offsets[start : start + CHUNK].tolist(), strict=True)
                 file.write("".join(f"{key}\t{offset}\n" for key, offset in pairs))
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class Keys(MutableSequence):

@@ -7,7 +7,7 @@ float32, so above 2**24 the header can be off by a few: the border is then looke
 
 import math
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,14 +19,11 @@ from mxnet_reader.index import RecordIndex
 EXACT = 1 << 24  # above it float32 no longer holds every integer
 _LABEL = struct.Struct("<f")
 # A record's first bytes: part header, image header, the first of several labels.
-_HEAD = np.dtype(
-    [("magic", "<u4"), ("length", "<u4"), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8"), ("id2", "<u8"),
-     ("first", "<f4")]
-)  # fmt: skip
+_HEAD = np.dtype("<u4, <u4, <u4, <f4, <u8, <u8, <f4")
+_HEAD.names = ("magic", "length", "flag", "label", "id", "id2", "first")
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Image records of a file.
 
     Attributes:
@@ -63,7 +60,7 @@ def find_layout(file: RecordFile, index: RecordIndex) -> Layout:
         border = _find_border(file, index, border)
     keys = index.keys_N
     inside = (keys >= 1) & (keys < border)
-    if index.ascending_by_one:
+    if index.first_key is not None:
         image_keys = keys[inside.argmax() : inside.argmax() + int(inside.sum())]
     else:
         image_keys = np.unique(keys[inside])

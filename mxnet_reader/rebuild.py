@@ -98,25 +98,21 @@ def rebuild_index(
 def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
     """Add the records behind the last indexed one, if the index is the beginning of a longer one."""
     keys_N, offsets_N = index.keys_N, index.offsets_N
-    if not whole and _payload(file, int(offsets_N[-1])) is None:  # the last offset lost its last digits
+    if not whole and _record(file, offsets_N[-1]) is None:  # the last offset lost its last digits
         keys_N, offsets_N = keys_N[:-1], offsets_N[:-1]
         index, whole = RecordIndex(keys_N, offsets_N, index.path), False
         if len(keys_N) == 0:
             return rebuild_index(file, path=index.path)
-    last = len(offsets_N) - 1 if index.offsets_ascend else int(np.argmax(offsets_N))
-    try:
-        end = file.read_record(int(offsets_N[last]), int(keys_N[last]), trust_end=True)[1]
-    except RecordError:
+    last = _record(file, offsets_N.max(), trust_end=True)
+    if last is None:
         return index  # reading that record will say what is wrong
+    end = last[1]
     if end >= file.size or file.read_bytes(4, end) != MAGIC_BYTES or not _is_prefix(file, offsets_N):
         return index
-    message = (
-        f"{index.path} stops at byte {end} of {file.size} of {file.path}: the records behind it are added by a scan"
-    )
-    warnings.warn(message, stacklevel=4)
-    by_id = any(
-        is_identity(_payload(file, offset, trust_end=True) or b"") for offset in offsets_N[keys_N == 0].tolist()
-    )
+    stop = f"byte {end} of {file.size} of {file.path}"
+    warnings.warn(f"{index.path} stops at {stop}: the records behind it are added by a scan", stacklevel=4)
+    firsts = [_record(file, offset, trust_end=True) for offset in offsets_N[keys_N == 0]]
+    by_id = any(first is not None and is_identity(first[0]) for first in firsts)
     try:
         rest = rebuild_index(file, end, index.path, first_ordinal=len(keys_N), by_id=by_id or None)
     except RecordError as error:
@@ -126,10 +122,10 @@ def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
     return RecordIndex(keys, np.concatenate([offsets_N, rest.offsets_N]), index.path)
 
 
-def _payload(file: RecordFile, offset: int, trust_end: bool = False) -> bytes | None:
-    """What the record at an offset holds, None where there is no whole one."""
+def _record(file: RecordFile, offset: np.int64, trust_end: bool = False) -> tuple[bytes, int] | None:
+    """(payload, end) of the record at an offset, None where there is no whole one."""
     try:
-        return file.read_record(offset, trust_end=trust_end)[0]
+        return file.read_record(int(offset), trust_end=trust_end)
     except RecordError:
         return None
 
@@ -140,11 +136,8 @@ def _is_prefix(file: RecordFile, offsets_N: np.ndarray) -> bool:
     if offsets[0] != 0:
         return False
     for place in np.unique(np.linspace(0, len(offsets) - 2, NUM_PROBES).astype(int)) if len(offsets) > 1 else ():
-        try:
-            end = file.read_record(int(offsets[place]), trust_end=True)[1]
-        except RecordError:
-            continue
-        if end != offsets[place + 1]:
+        found = _record(file, offsets[place], trust_end=True)
+        if found is not None and found[1] != offsets[place + 1]:
             return False
     return True
 

@@ -14,16 +14,7 @@ from mxnet_reader.format import MAGIC_BYTES, IRHeader, encode_record, pack, pack
 from mxnet_reader.index import Keys, Offsets, RecordIndex
 from mxnet_reader.rebuild import open_index
 
-__all__ = [
-    "IRHeader",
-    "MXIndexedRecordIO",
-    "MXRecordIO",
-    "RecordError",
-    "pack",
-    "pack_img",
-    "unpack",
-    "unpack_img",
-]
+__all__ = ["IRHeader", "MXIndexedRecordIO", "MXRecordIO", "RecordError", "pack", "pack_img", "unpack", "unpack_img"]
 
 
 class MXRecordIO:
@@ -38,9 +29,11 @@ class MXRecordIO:
         OSError: the file cannot be opened.
     """
 
+    is_open = False
+    index: RecordIndex | None = None  # of a reader by integer keys
+
     def __init__(self, uri: str | os.PathLike, flag: str) -> None:
         self.uri, self.flag = os.fspath(uri), flag
-        self.is_open = False
         self.open()
 
     def open(self) -> None:
@@ -55,7 +48,7 @@ class MXRecordIO:
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        if not getattr(self, "is_open", False):
+        if not self.is_open:
             return
         self.is_open = False
         if self.writable and self.pid != os.getpid():  # a forked child must not flush the parent's buffer
@@ -123,26 +116,20 @@ class MXRecordIO:
                 return None
             if file.read_bytes(4, position) != MAGIC_BYTES and file.judge_gap(position) == "garbage":
                 return None
+        following = None if self.index is None else self.index.next_offset(position)
         try:
-            payload, self._position = file.read_record(position, key, self._next_offset(position))
+            payload, self._position = file.read_record(position, key, following)
         except RecordError:
-            found = self._following(position)
-            self._position = file.size if found is None else found
+            # The index knows better than a search, which can take the rest of a spoiled split record for a whole one.
+            if self.index is None and 0 <= position < file.size:
+                following = file.find_record(position)
+            self._position = file.size if following is None else following
             raise
         return payload
 
-    def _next_offset(self, position: int) -> int | None:
-        """Where the index has the record behind the one at ``position``; unknown without an index."""
-        return None
-
-    def _following(self, position: int) -> int | None:
-        """Where to go on behind a damaged record."""
-        return self.handle.find_record(position) if 0 <= position < self.handle.size else None
-
     def tell(self) -> int:
         """Byte offset of the next record to be written (or read)."""
-        if not self.is_open:
-            raise ValueError(f"{self.uri}: tell on a closed file")
+        self._require("tell", self.writable)
         return self._position
 
     def _require(self, operation: str, writable: bool) -> None:
@@ -203,7 +190,7 @@ class MXIndexedRecordIO(MXRecordIO):
                 self.keys.append(key)
 
     def close(self) -> None:
-        if getattr(self, "is_open", False) and self.fidx is not None and self.pid == os.getpid():
+        if self.is_open and self.fidx is not None and self.pid == os.getpid():
             self.fidx.close()
         super().close()
 
@@ -230,13 +217,6 @@ class MXIndexedRecordIO(MXRecordIO):
         self._require("seek", False)
         self._position, self._sought_key = self._place(idx)[0], idx
 
-    def _following(self, position: int) -> int | None:
-        """The index knows better than a search, which can take the rest of a spoiled split record for a whole one."""
-        return super()._following(position) if self.index is None else self.index.next_offset(position)
-
-    def _next_offset(self, position: int) -> int | None:
-        return None if self.index is None else self.index.next_offset(position)
-
     def _place(self, key: object) -> tuple[int, int | None]:
         if self.index is not None and isinstance(key, (int, np.integer)):
             return self.index.place(self.index.row(int(key)))
@@ -256,16 +236,6 @@ class MXIndexedRecordIO(MXRecordIO):
         payload, self._position = self.handle.read_record(offset, idx, limit)
         self._sought_key = None
         return payload
-
-    def read_batch(self, keys: object) -> list[bytes]:
-        """The records of several keys, in their order, read in the order of the file."""
-        self._require("read_batch", False)
-        places = [self._place(key) for key in keys]
-        found = [b""] * len(places)
-        for number in sorted(range(len(places)), key=lambda n: places[n][0]):
-            offset, limit = places[number]
-            found[number] = self.handle.read_record(offset, keys[number], limit)[0]
-        return found
 
     def write_idx(self, idx: object, buf: bytes) -> None:
         """Append one record under a key."""
