@@ -7,8 +7,9 @@ A detector sees the photo at a size that suits it: a huge one is shrunk, a tiny 
 in pixels of the photo itself.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,23 +21,16 @@ from utils.photos.mtcnn import OUTPUT_SCORE, Mtcnn
 
 Detector = Callable[[np.ndarray], list["DetectedFace"]]
 LARGEST_SIDE = 1600  # a longer photo is shrunk to this for detection alone
-NAMES = ("mtcnn",)
 CHOICES = ("largest", "central", "all")
 
 
 @dataclass(frozen=True)
 class DetectedFace:
-    """A face in pixels of the upright photo.
+    """A face in pixels of the upright photo."""
 
-    Attributes:
-        landmark_52: float64 [5, 2], (x, y): eyes, nose tip, mouth corners, left to right as the viewer sees them.
-        score: the detector's, 0 ... 1.
-        box: (left, top, right, bottom); parts of it may lie outside the photo.
-    """
-
-    landmark_52: np.ndarray
-    score: float
-    box: tuple[float, float, float, float]
+    landmark_52: np.ndarray  # float64, (x, y): eyes, nose tip, mouth corners, left to right as the viewer sees them
+    score: float  # the detector's, 0 ... 1
+    box: tuple[float, float, float, float]  # (left, top, right, bottom); parts of it may lie outside the photo
 
     @property
     def area(self) -> float:
@@ -67,25 +61,11 @@ def build_detector(name: str | Path, min_score: float | None = None) -> Detector
     if min_score is not None and not 0 <= min_score <= 1:
         raise UserError(f"--min-score {min_score}: a detector's score lies in 0 ... 1")
     if str(name) == "mtcnn":
-        return _Mtcnn(OUTPUT_SCORE if min_score is None else min_score)
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"{path}: no such detector; it is {' or '.join(NAMES)}, or OpenCV's YuNet .onnx file, from the "
-                        "OpenCV model zoo")  # fmt: skip
-    return _shared_by_threads(lambda: _Yunet(path, 0.8 if min_score is None else min_score))
-
-
-def _shared_by_threads(make: Callable[[], Detector]) -> Detector:
-    """OpenCV's networks hold the image they work on, so that each thread needs its own; the first is made at once."""
-    own = threading.local()
-    own.detect = make()
-
-    def detect(image: np.ndarray) -> list[DetectedFace]:
-        if not hasattr(own, "detect"):
-            own.detect = make()
-        return sorted(own.detect(image), key=lambda face: -face.score)
-
-    return detect
+        return _of_photos(Mtcnn(min_score=OUTPUT_SCORE if min_score is None else min_score))
+    if not Path(name).is_file():
+        known = "it is mtcnn, or OpenCV's YuNet .onnx file, from the OpenCV model zoo"
+        raise UserError(f"{name}: no such detector; {known}")
+    return _of_photos(_yunet(Path(name), 0.8 if min_score is None else min_score))
 
 
 def choose_faces(found: list[DetectedFace], which: str, image_shape: tuple[int, ...]) -> list[DetectedFace]:
@@ -109,69 +89,56 @@ def choose_faces(found: list[DetectedFace], which: str, image_shape: tuple[int, 
     return [min(found, key=lambda face: abs(complex(*face.centre) - centre))]
 
 
-def scaled(image: np.ndarray, scale: float) -> np.ndarray:
-    """The image at ``scale`` times its size, at least one pixel, averaged over areas where it shrinks."""
-    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
-    if (height, width) == image.shape[:2]:
-        return image
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+def _of_photos(find: Callable[[np.ndarray], tuple]) -> Detector:
+    """A detector of photos from one that finds (boxes [N, 4], landmarks [N, 5, 2], scores [N]) in smaller ones."""
 
-
-class PointsBack:
-    """Points of a resized image to points of the image itself; centres of pixels are at whole numbers in both."""
-
-    def __init__(self, image: np.ndarray, resized: np.ndarray):
-        self.ratio_2 = np.array([image.shape[1] / resized.shape[1], image.shape[0] / resized.shape[0]])
-
-    def __call__(self, point_K2: np.ndarray) -> np.ndarray:
-        return (np.asarray(point_K2, np.float64) + 0.5) * self.ratio_2 - 0.5
-
-    def box(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-        """The same for a box: its edges."""
-        return tuple(float(value) for value in (np.reshape(box, (2, 2)) * self.ratio_2).ravel())
-
-
-def _shrunk(image: np.ndarray) -> np.ndarray:
-    return scaled(image, min(1.0, LARGEST_SIDE / max(image.shape[:2])))
-
-
-class _Mtcnn:
-    """``utils.photos.mtcnn`` at the size of detection; its networks are shared by threads."""
-
-    def __init__(self, min_score: float):
-        self.network = Mtcnn(min_score=min_score)
-
-    def __call__(self, image: np.ndarray) -> list[DetectedFace]:
-        small = _shrunk(image)
-        back = PointsBack(image, small)
+    def detect(image: np.ndarray) -> list[DetectedFace]:
+        height, width = image.shape[:2]
+        scale = min(1.0, LARGEST_SIDE / max(height, width))
+        small = image
+        if scale < 1:
+            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        ratio_2 = np.array([width / small.shape[1], height / small.shape[0]])
+        box_N4, landmark_N52, score_N = find(small)
+        box_N4 = (np.reshape(box_N4, (-1, 2, 2)) * ratio_2).reshape(-1, 4)
+        landmark_N52 = (landmark_N52 + 0.5) * ratio_2 - 0.5  # centres of pixels are at whole numbers in both
         return [
-            DetectedFace(back(landmark_52), float(score), back.box(box))
-            for box, landmark_52, score in zip(*self.network(small), strict=True)
+            DetectedFace(landmark_N52[i], float(score_N[i]), tuple(box_N4[i].tolist()))
+            for i in np.argsort(-score_N, kind="stable")
         ]
 
+    return detect
 
-class _Yunet:
-    """``FaceDetectorYN`` of one thread."""
 
-    def __init__(self, path: Path, min_score: float):
-        self.path = path
-        try:
-            self.network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), min_score)
-        except cv2.error as error:
-            raise UserError(f"{path}: OpenCV cannot load it as a YuNet detector ({error.err})") from None
+def _yunet(path: Path, min_score: float) -> Callable[[np.ndarray], tuple]:
+    """OpenCV's ``FaceDetectorYN``; it holds the image it works on, so that each thread needs its own."""
+    own = threading.local()
 
-    def __call__(self, image: np.ndarray) -> list[DetectedFace]:
-        small = _shrunk(image)
-        back = PointsBack(image, small)
-        self.network.setInputSize((small.shape[1], small.shape[0]))
-        try:
-            _, rows = self.network.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-        except cv2.error as error:
-            raise UserError(f"{self.path}: OpenCV cannot run it as a YuNet detector ({error.err})") from None
-        rows = np.zeros((0, 15)) if rows is None else np.asarray(rows, np.float64)
+    def network() -> cv2.FaceDetectorYN:
+        if not hasattr(own, "network"):
+            own.network = cv2.FaceDetectorYN.create(str(path), "", (320, 320), min_score)
+        return own.network
+
+    def find(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with _told_as_yunet(path, "run"):
+            network().setInputSize((image.shape[1], image.shape[0]))
+            _, rows = network().detect(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         # A row: box x y w h, then right eye, left eye, nose, right and left mouth corner OF THE PERSON, then the score:
         # the person's right is the viewer's left, which is the order of the alignment template.
-        return [
-            DetectedFace(back(row[4:14].reshape(5, 2)), float(row[14]), back.box((*row[:2], *(row[:2] + row[2:4]))))
-            for row in rows
-        ]
+        row_N15 = np.zeros((0, 15)) if rows is None else np.asarray(rows, np.float64)
+        corner_N2 = row_N15[:, :2]
+        box_N4 = np.hstack([corner_N2, corner_N2 + row_N15[:, 2:4]])
+        return box_N4, row_N15[:, 4:14].reshape(-1, 5, 2), row_N15[:, 14]
+
+    with _told_as_yunet(path, "load"):
+        network()
+    return find
+
+
+@contextlib.contextmanager
+def _told_as_yunet(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except cv2.error as error:
+        raise UserError(f"{path}: OpenCV cannot {what} it as a YuNet detector ({error.err})") from None

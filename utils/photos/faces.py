@@ -15,7 +15,7 @@ from utils.decode import read_image
 from utils.errors import UserError
 from utils.images import IMAGE_SUFFIXES, find_image_files
 from utils.photos.align import align_face, lies_outside
-from utils.photos.detect import DetectedFace, Detector, choose_faces
+from utils.photos.detect import Detector, choose_faces
 from utils.photos.landmarks import read_landmark_list
 from utils.photos.photo import read_photo
 from utils.progress import progress
@@ -35,10 +35,10 @@ class Face:
 
 def find_images(source: Path) -> list[Path]:
     """The image files under a folder, sorted; a file stands for itself."""
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
     if source.is_file():
         return [source]
-    if not source.is_dir():
-        raise UserError(f"{source}: no such file or folder")
     found = find_image_files(source).paths()
     if not found:
         raise UserError(f"{source}: no images there ({', '.join(IMAGE_SUFFIXES)})")
@@ -58,18 +58,15 @@ def read_landmarks(path: Path, folder: Path) -> list[Face]:
 def detect_faces(paths: list[Path], detect: Detector, every: bool) -> tuple[list[Face], list[Path]]:
     """(faces, photos without one): every face of a photo, or the largest one."""
 
-    def look(path: Path) -> list[DetectedFace]:
+    def look(path: Path) -> list[Face]:
         photo = read_photo(path)
-        return choose_faces(detect(photo), "all" if every else "largest", photo.shape)
+        found = choose_faces(detect(photo), "all" if every else "largest", photo.shape)
+        return [Face(path, face.landmark_52, face.score) for face in found]
 
-    faces, empty = [], []
     with ThreadPoolExecutor(num_cores()) as pool:
         results = list(progress(pool.map(look, paths), len(paths), "detecting"))
-    for path, found in zip(paths, results, strict=True):
-        if not found:
-            empty.append(path)
-        faces += [Face(path, face.landmark_52, face.score) for face in found]
-    return faces, empty
+    faces = [face for found in results for face in found]
+    return faces, [path for path, found in zip(paths, results, strict=True) if not found]
 
 
 def align_largest(photo: np.ndarray, detect: Detector, size: int, name: str) -> np.ndarray:
@@ -87,10 +84,9 @@ def align_largest(photo: np.ndarray, detect: Detector, size: int, name: str) -> 
 class AlignedFaces:
     """A sequence of aligned crops, read when asked for: ``len`` and ``[i]`` -> uint8 RGB [size, size, 3].
 
-    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored. Crops
-    of the usual 112 x 112 are scaled for a network of another size; others only with ``resize``, since they may
-    be photos. ``outside`` collects the numbers of faces that were read and have a landmark outside of their
-    photo.
+    What has landmarks is a photo and turned upright first; what has none is a crop, taken as it is stored. Crops of the
+    usual 112 x 112 are scaled for a network of another size; others only with ``resize``, since they may be photos.
+    ``outside`` collects the numbers of faces that were read and have a landmark outside of their photo.
     """
 
     def __init__(self, faces: list[Face], size: int, resize: bool = False):

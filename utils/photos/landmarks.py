@@ -11,6 +11,7 @@ Points are (x, y) in pixels of the upright photo: eyes, nose tip, mouth corners,
 """
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,11 @@ from utils.text import read_text_lines
 
 _COLUMNS = [f"{axis}{number}" for number in range(1, 6) for axis in "xy"]
 _NAME_COLUMNS = ("source", "name", "path")
+
+
+_Line = tuple[
+    int, str, list[float] | None, float, tuple | None
+]  # number, photo, points (None: a name alone), score, box
 
 
 def read_landmark_list(path: str | Path) -> dict[str, list[DetectedFace]]:
@@ -34,18 +40,29 @@ def read_landmark_list(path: str | Path) -> dict[str, list[DetectedFace]]:
     lines = read_text_lines(path)
     first = next((line for line in lines if line.strip()), "")
     if first.lstrip().startswith("#"):
-        faces = _read_grouped(path, lines)
+        read = _read_grouped
     elif {column.strip().lower() for column in first.split(",")} >= set(_COLUMNS):
-        faces = _read_table(path, lines)
+        read = _read_table
     else:
-        faces = _read_plain(path, lines)
+        read = _read_plain
+    faces: dict[str, list[DetectedFace]] = {}
+    for number, name, points, score, box in read(path, lines):
+        of_photo = faces.setdefault(name.replace("\\", "/").removeprefix("./"), [])
+        if points is None:
+            continue
+        if len(points) != 10 or not np.isfinite(points).all():
+            told = f"{len(points)} finite numbers after {name!r}; x1 y1 ... x5 y5 expected"
+            raise UserError(f"{path}:{number}: {told}")
+        landmark_52 = np.array(points, np.float64).reshape(5, 2)
+        box = box or (*landmark_52.min(axis=0).tolist(), *landmark_52.max(axis=0).tolist())
+        of_photo.append(DetectedFace(landmark_52, score, box))
     if not faces:
         raise UserError(f"{path}: no landmarks in it")
     return faces
 
 
-def _read_plain(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFace]]:
-    faces: dict[str, list[DetectedFace]] = {}
+def _read_plain(path: str | Path, lines: list[str]) -> Iterator[_Line]:
+    at_start = True
     for number, line in enumerate(lines, 1):
         name, *fields = next(csv.reader([line], skipinitialspace=True)) if "," in line else line.split() or [""]
         name, fields = name.strip(), [field for field in fields if field.strip()]
@@ -54,54 +71,43 @@ def _read_plain(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFa
         try:
             values = [float(field) for field in fields[:11]]
         except ValueError:
-            if not faces and not any(_is_number(field) for field in fields):
+            if at_start and not any(map(_is_number, fields)):
                 continue  # a header
             raise UserError(f"{path}:{number}: {line[:60]!r}: ten numbers expected after the name") from None
-        if not values and not faces and name.isdecimal():
+        if not values and at_start and name.isdecimal():
             continue  # CelebA's count
-        _add(faces, f"{path}:{number}", name, values[:10], values[10] if len(values) > 10 else 1.0)
-    return faces
+        at_start = False
+        yield number, name, values[:10], values[10] if len(values) > 10 else 1.0, None
 
 
-def _read_table(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFace]]:
-    faces: dict[str, list[DetectedFace]] = {}
+def _read_table(path: str | Path, lines: list[str]) -> Iterator[_Line]:
     rows = csv.reader((f"{line}\n" for line in lines), skipinitialspace=True)  # names may hold line ends
-    header: list[str] = []
-    for fields in rows:
-        if not any(field.strip() for field in fields):
-            continue
-        if not header:
-            header = [field.strip().lower() for field in fields]
-            name_column = next((header.index(name) for name in _NAME_COLUMNS if name in header), None)
-            if name_column is None:
-                raise UserError(f"{path}: a column of photos is missing: {' or '.join(_NAME_COLUMNS)}")
-            columns = [header.index(column) for column in _COLUMNS]
-            score_column = header.index("score") if "score" in header else None
-            continue
+    filled = (fields for fields in rows if any(field.strip() for field in fields))
+    header = [field.strip().lower() for field in next(filled)]
+    name_column = next((header.index(name) for name in _NAME_COLUMNS if name in header), None)
+    if name_column is None:
+        raise UserError(f"{path}: a column of photos is missing: {' or '.join(_NAME_COLUMNS)}")
+    columns = [header.index(column) for column in _COLUMNS]
+    for fields in filled:
         where = f"{path}:{rows.line_num}"
         if len(fields) != len(header):
             raise UserError(f"{where}: {len(fields)} fields, {len(header)} expected")
         try:
             values = [float(fields[column]) for column in columns]
-            score = 1.0 if score_column is None else float(fields[score_column])
+            score = float(fields[header.index("score")]) if "score" in header else 1.0
         except ValueError as error:
             raise UserError(f"{where}: {error}; numbers expected in x1 ... y5 and score") from None
-        _add(faces, where, fields[name_column], values, score)
-    return faces
+        yield rows.line_num, fields[name_column], values, score, None
 
 
-def _read_grouped(path: str | Path, lines: list[str]) -> dict[str, list[DetectedFace]]:
-    faces: dict[str, list[DetectedFace]] = {}
+def _read_grouped(path: str | Path, lines: list[str]) -> Iterator[_Line]:
     name = ""
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if line.startswith("#"):
-            name = line.lstrip("#").strip().replace("\\", "/").removeprefix("./")
-            faces.setdefault(name, [])
-            continue
-        if not line:
-            continue
+    for number, line in enumerate(map(str.strip, lines), 1):
         where = f"{path}:{number}"
+        if line.startswith("#"):
+            name = line.lstrip("#").strip()
+            yield number, name, None, 1.0, None
+            continue
         try:
             values = [float(field) for field in line.replace(",", " ").split()]
         except ValueError:
@@ -110,15 +116,13 @@ def _read_grouped(path: str | Path, lines: list[str]) -> dict[str, list[Detected
             points = values[4:14]
         elif len(values) in (19, 20):
             points = [value for start in range(4, 19, 3) for value in values[start : start + 2]]
-        else:
-            raise UserError(f"{where}: {len(values)} numbers; a box, five points (with or without flags) and a score "
-                            "were expected")  # fmt: skip
-        if points[0] == -1 and len(set(points)) == 1:
-            continue
-        left, top, width, height = values[:4]
-        score = values[-1] if len(values) in (15, 20) else 1.0
-        _add(faces, where, name, points, score, (left, top, left + width, top + height))
-    return faces
+        elif values:
+            known = "a box, five points (with or without flags) and a score were expected"
+            raise UserError(f"{where}: {len(values)} numbers; {known}")
+        if values and set(points) != {-1}:
+            left, top, width, height = values[:4]
+            score = values[-1] if len(values) in (15, 20) else 1.0
+            yield number, name, points, score, (left, top, left + width, top + height)
 
 
 def _is_number(text: str) -> bool:
@@ -127,18 +131,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _add(
-    faces: dict[str, list[DetectedFace]],
-    where: str,
-    name: str,
-    values: list[float],
-    score: float,
-    box: tuple[float, float, float, float] | None = None,
-) -> None:
-    if len(values) != 10 or not np.isfinite(values).all():
-        raise UserError(f"{where}: {len(values)} finite numbers after {name!r}; x1 y1 ... x5 y5 expected")
-    landmark_52 = np.array(values, np.float64).reshape(5, 2)
-    box = box or (*landmark_52.min(axis=0).tolist(), *landmark_52.max(axis=0).tolist())
-    faces.setdefault(name.replace("\\", "/").removeprefix("./"), []).append(DetectedFace(landmark_52, score, box))

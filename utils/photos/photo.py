@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from utils.decode import JPEG_START, DecodeError, check_whole, decode_image
 from utils.errors import UserError
 
 BACKGROUND = 255  # white, as behind a passport picture: what shows through transparent pixels
 _HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-_EXIF_START = b"Exif\x00\x00"
 
 
 def read_photo(path: str | Path) -> np.ndarray:
@@ -89,20 +89,11 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 def _jpeg_orientation(encoded: bytes) -> int:
     """The EXIF orientation of a JPEG, 1 where there is none or where its EXIF block is damaged.
 
-    The segments are walked here because Pillow refuses to open photos of more than 179 million pixels.
+    Not by ``Image.open``, which refuses photos of more than 179 million pixels.
     """
-    position = 2
-    while position + 4 <= len(encoded) and encoded[position] == 0xFF:
-        marker, size = encoded[position + 1], int.from_bytes(encoded[position + 2 : position + 4], "big")
-        if marker == 0xDA or size < 2:
-            break
-        body = encoded[position + 4 : position + 2 + size]
-        if marker == 0xE1 and body.startswith(_EXIF_START):
-            exif = Image.Exif()
-            try:
-                exif.load(body)
-                return int(exif.get(ExifTags.Base.Orientation, 1))
-            except Exception:  # an EXIF block that cannot be parsed says nothing about the pixels, which are whole
-                return 1
-        position += 2 + size
-    return 1
+    exif = Image.Exif()
+    try:
+        exif.load(JpegImageFile(io.BytesIO(encoded)).info.get("exif", b""))
+        return int(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # an EXIF block that cannot be parsed says nothing about the pixels, which are whole
+        return 1

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,19 +15,12 @@ WORK = ".align"  # in the folder of the crops: what ``tools/align.py`` keeps bet
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo of a plan.
-
-    Attributes:
-        path: the file.
-        source: its name in tables: relative to the folder given, else as given.
-        identity: name of the folder that its crops go to.
-        stem: name of its crop without suffix, unique within the identity.
-    """
+    """One photo of a plan."""
 
     path: Path
-    source: str
-    identity: str
-    stem: str
+    source: str  # its name in tables: relative to the folder given, else as given
+    identity: str  # name of the folder that its crops go to
+    stem: str  # name of its crop without suffix, unique within the identity
 
 
 def plan_photos(source: Path) -> tuple[list[Photo], str | None]:
@@ -37,9 +31,6 @@ def plan_photos(source: Path) -> tuple[list[Photo], str | None]:
     list's folder) or ``path`` alone, whose folder then is the identity. Hidden files and what is no image are passed
     over (``utils.images``); photos in formats that are not read (HEIC, raw) belong to the plan, so that they are missed
     aloud. A folder inside that crops were written to (it has a ``WORK`` folder) is left out.
-
-    Args:
-        source: folder, list file or image.
 
     Returns:
         The photos in order, and a line about what was passed over or None.
@@ -95,20 +86,16 @@ def _named(entries: list[tuple[Path, str, str]]) -> list[Photo]:
     Folders between the identity and the file become part of the stem. Names that differ in case alone count as equal:
     on many disks they are.
     """
-    parts = [PurePosixPath(source.replace(os.sep, "/")) for _, source, _ in entries]
-    between = [
-        list(path.parts[1:-1]) if len(path.parts) > 2 and path.parts[0] == identity else []
-        for path, (_, _, identity) in zip(parts, entries, strict=True)
-    ]
-    stems = ["_".join([*middle, path.stem]) for middle, path in zip(between, parts, strict=True)]
-    full = ["_".join([*middle, path.name]) for middle, path in zip(between, parts, strict=True)]
-    keys = [(identity.lower(), stem.lower()) for (_, _, identity), stem in zip(entries, stems, strict=True)]
-    times: dict[tuple[str, str], int] = {}
-    for key in keys:
-        times[key] = times.get(key, 0) + 1
+    named = []  # (identity, stem, its name with suffix)
+    for _, source, identity in entries:
+        path = PurePosixPath(source.replace(os.sep, "/"))
+        between = path.parts[1:-1] if len(path.parts) > 2 and path.parts[0] == identity else ()
+        named.append((identity, "_".join([*between, path.stem]), "_".join([*between, path.name])))
+    keys = [(identity.lower(), stem.lower()) for identity, stem, _ in named]
+    times = Counter(keys)
     taken = {key for key in keys if times[key] == 1}
     photos = []
-    for (path, source, identity), key, stem, name in zip(entries, keys, stems, full, strict=True):
+    for (path, source, identity), key, (_, stem, name) in zip(entries, keys, named, strict=True):
         if times[key] > 1:
             stem, number = name, 1
             while (identity.lower(), stem.lower()) in taken:
