@@ -11,17 +11,13 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-IMAGE_SUFFIXES = (
-    ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"
-)  # fmt: skip
+_JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
+IMAGE_SUFFIXES = (".bmp", ".gif", *_JPEG, ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 _SUFFIXES = frozenset(IMAGE_SUFFIXES)
-_OTHER_PHOTOS = frozenset(
-    {".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".orf", ".raf", ".rw2"}
-)
-_NOT_OURS = frozenset(
-    {"@eadir", "#recycle", "$recycle.bin", "__macosx", "desktop.ini", "lost+found", "system volume information",
-     "thumbs.db"}
-)  # fmt: skip
+_RAW = {".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"}
+_OTHER_PHOTOS = frozenset({*_RAW, ".avif", ".heic", ".heif", ".jp2", ".jxl"})
+_FOLDERS = {"@eadir", "#recycle", "$recycle.bin", "__macosx", "lost+found", "system volume information"}
+_NOT_OURS = frozenset({*_FOLDERS, "desktop.ini", "thumbs.db"})
 
 
 def is_hidden(name: str) -> bool:

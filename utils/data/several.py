@@ -4,7 +4,7 @@ N samples in all, C classes in all.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -34,8 +34,7 @@ class SeveralSources(Source):
     ) -> None:
         self.sources, self.names, self.weights = list(sources), list(names), list(weights) or [1.0] * len(sources)
         if len(self.weights) != len(self.sources):
-            found = f"{len(self.weights)} weights for {len(self.sources)} data sets"
-            raise UserError(f"data.weights: {found}; give one each")
+            raise UserError(f"data.weights: {len(self.weights)} weights for {len(sources)} data sets; give one each")
         if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
             raise UserError(f"data.weights: {self.weights}; numbers above 0 were expected")
         self._starts = np.cumsum([0, *map(len, self.sources)])
@@ -70,18 +69,21 @@ class SeveralSources(Source):
         which = int(np.searchsorted(self._starts, i, side="right")) - 1
         return which, i - int(self._starts[which])
 
+    def _parts(self, samples: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(part, rows of ``samples`` that are in it, their samples there)."""
+        which_S = np.searchsorted(self._starts, samples, side="right") - 1
+        for which in np.unique(which_S).tolist():
+            rows = np.flatnonzero(which_S == which)
+            yield which, rows, samples[rows] - self._starts[which]
+
     def fetch(self, i: int) -> tuple[bytes | memoryview | np.ndarray, int]:
         which, own = self._place(i)
         data, label = self.sources[which].fetch(own)
         return data, self._label(which, own, label)
 
     def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview | np.ndarray, int]]:
-        samples = samples % len(self)
-        which_S = np.searchsorted(self._starts, samples, side="right") - 1
         found: list = [None] * len(samples)
-        for which in np.unique(which_S).tolist():
-            rows = np.flatnonzero(which_S == which)
-            own = samples[rows] - self._starts[which]
+        for which, rows, own in self._parts(samples % len(self)):
             fetched = self.sources[which].fetch_many(own)
             for row, i, (data, label) in zip(rows.tolist(), own.tolist(), fetched, strict=True):
                 found[row] = data, self._label(which, i, label)
@@ -98,11 +100,9 @@ class SeveralSources(Source):
             return super().read_labels(samples)
         if samples is None:
             return np.concatenate([m[s.read_labels()] for m, s in zip(self._maps, self.sources, strict=True)])
-        which_S = np.searchsorted(self._starts, samples, side="right") - 1
         labels = np.empty(len(samples), np.int64)
-        for which in np.unique(which_S).tolist():
-            rows = which_S == which
-            labels[rows] = self._maps[which][self.sources[which].read_labels(samples[rows] - self._starts[which])]
+        for which, rows, own in self._parts(samples):
+            labels[rows] = self._maps[which][self.sources[which].read_labels(own)]
         return labels
 
     def describe(self, i: int) -> str:

@@ -90,8 +90,3 @@ class SequenceSource(Source):
 
     def fetch(self, i: int) -> tuple[np.ndarray, int]:
         return self._samples[i]
-
-
-def as_source(samples: Source | Sequence) -> Source:
-    """A source as it is, anything else wrapped."""
-    return samples if isinstance(samples, Source) else SequenceSource(samples)

@@ -1,6 +1,7 @@
 """Loader workers in threads: batches are cut into pieces, which the threads fetch, decode and answer for."""
 
 import contextlib
+import itertools
 import queue
 import threading
 import weakref
@@ -40,14 +41,7 @@ class BufferPool:
 
 
 class ThreadPipeline:
-    """Decodes batches ahead in a pool of threads.
-
-    Args:
-        reader: reads samples.
-        batch_size: B.
-        epoch: for the draws.
-        options: the loader's.
-    """
+    """Decodes batches of B samples ahead in a pool of threads."""
 
     def __init__(self, reader: "SampleReader", batch_size: int, epoch: int, options: "LoaderOptions") -> None:
         self._reader, self._epoch, self._options = reader, epoch, options
@@ -63,19 +57,16 @@ class ThreadPipeline:
             threading.Thread(target=_read_pieces, args=(reader, self._work), name=f"face-loader_{i}", daemon=True)
             for i in range(options.num_threads)
         ]
-        self._stop = weakref.finalize(self, _stop_threads, self._work, threads)  # at the interpreter's end as well
+        # Drops what is not begun and waits for the threads; at the interpreter's end as well.
+        self.close = weakref.finalize(self, _stop_threads, self._work, threads)
         for thread in threads:
             thread.start()
 
     def run(self, batches: Iterator) -> Iterator[tuple]:
         waiting: deque = deque()
-        batches = iter(batches)
         while True:
-            while len(waiting) < self._options.prefetch:
-                following = next(batches, None)
-                if following is None:
-                    break
-                waiting.append(self._submit(*following))
+            for batch in itertools.islice(batches, self._options.prefetch - len(waiting)):
+                waiting.append(self._submit(*batch))
             if not waiting:
                 return
             samples, position, images, labels, mirror, done, num_pieces = waiting.popleft()
@@ -87,9 +78,8 @@ class ThreadPipeline:
 
     def _submit(self, samples: np.ndarray, position: int) -> tuple:
         images, labels = self._buffers.take(len(samples)), np.empty(len(samples), np.int64)
-        mirror = np.zeros(len(samples), bool)
-        if self._options.flip:
-            mirror = flips(self._reader.seed, self._epoch, samples)
+        drawn = self._options.flip
+        mirror = flips(self._reader.seed, self._epoch, samples) if drawn else np.zeros(len(samples), bool)
         here = mirror & self._options.flip_on_host
         done: queue.SimpleQueue = queue.SimpleQueue()
         starts = range(0, len(samples), self._piece)
@@ -97,13 +87,9 @@ class ThreadPipeline:
             part = slice(start, start + self._piece)
             work = (samples[part], here[part], self._epoch, images[part], labels[part])
             self._work.put((start, work, done))
-        if not self._stop.alive:  # looked at after putting: nobody would answer
+        if not self.close.alive:  # looked at after putting: nobody would answer
             raise RuntimeError(_CLOSED)
         return samples, position, images, labels, mirror, done, len(starts)
-
-    def close(self) -> None:
-        """Drop what is not begun and wait for the threads."""
-        self._stop()
 
 
 def _read_pieces(reader: "SampleReader", work: queue.SimpleQueue) -> None:
