@@ -18,7 +18,7 @@ import paddle
 
 from utils import distributed
 from utils.errors import UserError
-from utils.head.draw import Draw, Targets, checked_labels, draw_classes
+from utils.head.draw import Draw, Targets, checked_labels, draw_classes, host_labels
 from utils.head.kernel import build_kernel
 from utils.head.optimizers import build_optimizer
 from utils.head.paddle_kernel import inverse_norm
@@ -132,10 +132,8 @@ class PartialFC:
         self._optimizer = build_optimizer(
             name=optimizer, update=update, momentum=momentum, weight_decay=weight_decay, betas=betas, epsilon=epsilon
         )
-        self._kernel = build_kernel(
-            backend=backend, matmul_dtype=matmul_dtype, num_threads=num_threads, chunk_rows=chunk_rows,
-            num_classes=num_classes, world_size=world_size,
-        )  # fmt: skip
+        options = {"matmul_dtype": matmul_dtype, "num_threads": num_threads, "chunk_rows": chunk_rows}
+        self._kernel = build_kernel(backend=backend, num_classes=num_classes, world_size=world_size, **options)
         self._bank = RowBank(
             self.shard.start, self.shard.num_local, embedding_size, optimizer=self._optimizer, seed=seed, dtype=dtype
         )
@@ -437,11 +435,3 @@ class _HeadFunction(paddle.autograd.PyLayer):
         with paddle.amp.auto_cast(enable=False):
             gradient_BD = ctx.head._backward(ctx.saved, upstream, ctx.batch, ctx.dtype)
         return None if ctx.frozen else gradient_BD, paddle.zeros([1], ctx.head._anchor.dtype)
-
-
-def host_labels(label) -> np.ndarray:
-    """[B] int64 of [B] or [B, 1] integers, a new array; a tensor on a device is read back, and the host waits."""
-    label = label.numpy() if isinstance(label, paddle.Tensor) else np.asarray(label)
-    if label.dtype.kind not in "iu":
-        raise UserError(f"label: {label.dtype} values are not class ids; integers are needed")
-    return label.reshape(-1).astype(np.int64)

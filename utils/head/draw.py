@@ -4,9 +4,10 @@ Legend: C classes, N local classes, S rows of the update, B samples of this rank
 class on this shard.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import paddle
 
 from utils.errors import UserError
 from utils.head.sampling import sample_classes
@@ -63,18 +64,22 @@ def draw_classes(shard, micro_labels: list[np.ndarray], *, sample_rate: float, s
     if ids is not None and len(ids) == shard.num_local:
         ids = None
     num_rows = shard.num_local if ids is None else len(ids)
-    bare = Draw(number, ids, num_rows, kept, shard.start, shard.num_local, ())
-    micro = tuple(bare.targets(label_G) for label_G in micro_labels)
-    return Draw(number, ids, num_rows, kept, shard.start, shard.num_local, micro)
+    bare = Draw(number, ids, num_rows, kept, shard.start, shard.num_local, micro=())
+    return replace(bare, micro=tuple(bare.targets(label_G) for label_G in micro_labels))
 
 
 def checked_labels(label, num_classes: int) -> np.ndarray:
-    """Flat int64 ids of host integers; UserError if one is no class."""
-    label = np.asarray(label)
-    if label.dtype.kind not in "iu":
-        raise UserError(f"label: {label.dtype} values are not class ids; integers are needed")
-    label = label.reshape(-1).astype(np.int64)
+    """``host_labels``; UserError if one is no class."""
+    label = host_labels(label)
     wrong = label[(label < 0) | (label >= num_classes)]
     if wrong.size:
         raise UserError(f"label: {wrong[0]} must lie in [0, {num_classes})")
     return label
+
+
+def host_labels(label) -> np.ndarray:
+    """Flat int64 ids of integers of any shape, a new array; a tensor on a device is read back, and the host waits."""
+    label = label.numpy() if isinstance(label, paddle.Tensor) else np.asarray(label)
+    if label.dtype.kind not in "iu":
+        raise UserError(f"label: {label.dtype} values are not class ids; integers are needed")
+    return label.reshape(-1).astype(np.int64)
