@@ -29,7 +29,7 @@ import numpy as np
 from prettytable import PrettyTable
 from scipy.optimize import minimize
 
-from benchmarks.common import ROOT, build_parser, case, write_report
+from benchmarks.common import ROOT, build_parser, case, read_options, write_report
 from tools.demo.data import original_pictures
 from utils.errors import one_line_errors
 from utils.photos.align import ARCFACE_TEMPLATE, align_face, similarity_transform
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("photos", type=Path, nargs="*", help="photos instead of ORL's pictures; every face of each")
     parser.add_argument("--every", type=int, default=1, help="only every so-manieth picture of ORL")
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     rows = []
     for path in args.photos:
         rows += measure(path.name, [read_photo(path)], every=True, turn=1)

@@ -30,13 +30,13 @@ if __package__ in (None, ""):
 import numpy as np
 from prettytable import PrettyTable
 
-from benchmarks.common import ROOT, write_report
+from benchmarks.common import ROOT, read_options, write_report
 from tools.clean.analysis import analyse
 from tools.clean.faults import KINDS, Planted, Score, best_threshold, findings_of, judge, nearest_centre_scores, plant
 from tools.clean.rows import Rows
 from tools.clean.statistics import DEFAULT_RULE, Rule
 from tools.demo.data import load_faces
-from utils.errors import UserError, one_line_errors
+from utils.errors import CommandLine, UserError, one_line_errors
 from utils.launch import launch_command
 from utils.system import peak_bytes, reset_peak
 from utils.vectors import scale_to_unit
@@ -170,7 +170,7 @@ def run_scale(args: argparse.Namespace) -> list[dict]:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     faults = commands.add_parser("faults", help="precision and recall on planted faults")
     faults.add_argument("--output", type=Path, default=Path("work_dirs/clean_faults"), help="where networks are kept")
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     scale.set_defaults(run=run_scale)
     for command in (faults, scale):
         command.add_argument("--json", type=Path)
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     cases = args.run(args)
     write_report(args.json, cases, "all threads", ("numpy",))
 

@@ -14,19 +14,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from utils.errors import COUNT, POSITIVE, CommandLine, check_ranges
 from utils.files import write_json
 from utils.launch import rank_environment
 from utils.system import processor
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of every option that is a number, whichever benchmark has it.
+RANGES = {
+    **dict.fromkeys(("batch", "batch_size", "classes", "each", "every", "identities", "images", "ranks"), POSITIVE),
+    **dict.fromkeys(("runs", "sets", "size", "steps", "threads", "width"), POSITIVE),
+    "rounds": COUNT,
+    "index_lines": COUNT,
+    "rates": (0, 1),
+    "lr": COUNT,
+}
 PACKAGES = ("paddlepaddle", "numpy", "torch")
 
 
 def build_parser(text: str | None) -> argparse.ArgumentParser:
     """A parser that has ``--json``; ``text``: the script's docstring."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(text)
     parser.add_argument("--json", type=Path, help="write the results here")
     return parser
+
+
+def read_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options of a command line, every number of them in its range (``RANGES``)."""
+    options = parser.parse_args(argv)
+    check_ranges(options, **RANGES)
+    return options
 
 
 def machine(note: str) -> str:

@@ -34,7 +34,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder, which has an eval.py as well
 
-from benchmarks.common import ROOT, build_parser, case, write_report
+from benchmarks.common import ROOT, build_parser, case, read_options, write_report
+from utils.errors import one_line_errors
 from utils.launch import launch_command
 
 NETWORKS = ("iresnet18", "iresnet50", "iresnet100")  # what the peer has as well
@@ -43,6 +44,7 @@ CHUNKS = 6  # of the count with several chunks
 SKIPPED = 3  # updates at the start that are not counted: the first is logged, and momentum comes into being
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = build_parser(__doc__)
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side of host_ms; 0 leaves it out")
     parser.add_argument("--child", nargs=2, metavar=("KIND", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     if args.child:
         run_child(args.child[0], Path(args.child[1]), args.settings)
         return

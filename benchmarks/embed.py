@@ -29,7 +29,8 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks.common import PACKAGES, ROOT, build_parser, case, serve, started, write_report
+from benchmarks.common import PACKAGES, ROOT, build_parser, case, read_options, serve, started, write_report
+from utils.errors import one_line_errors
 
 NETWORKS = ("iresnet18", "iresnet50", "mobilefacenet", "vit_t")
 OURS = {
@@ -209,6 +210,7 @@ def measure_ijb(network: str, runs: int, threads: int) -> dict:
     return case("ijb/crops_to_table", "seconds", whole, alone, "the network alone", smaller=True, **more)
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
@@ -219,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
     parser.add_argument("--ijb-network", default="iresnet50", choices=(*networks, "none"), help="of ijb/crops_to_table")
     parser.add_argument("--child", nargs=3, metavar=("SIDE", "NETWORK", "FOLDER"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     if args.child:
         run_child(args.child[0], args.child[1], Path(args.child[2]), args.threads)
         return

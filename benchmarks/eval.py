@@ -29,7 +29,7 @@ from sklearn.metrics import roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
-from benchmarks.common import ROOT, build_parser, case, write_report
+from benchmarks.common import ROOT, build_parser, case, read_options, write_report
 from eval.identification import cmc, pair_recall
 from eval.metrics import ACCURACY_GRID, FARS, VAL_GRID, tar_at_far, verification_metrics
 from eval.search import search
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     if args.worker:
         print(json.dumps(work(args.worker, args.folder)))
         return

@@ -15,7 +15,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, build_parser, case, serve, started, write_report
+from benchmarks.common import ROOT, build_parser, case, read_options, serve, started, write_report
+from utils.errors import one_line_errors
 from utils.system import peak_bytes, reset_peak
 
 CASES = ("85742/1.0/128", "85742/0.1/128", "1000000/0.1/128", "2000000/0.05/256")
@@ -23,6 +24,7 @@ OURS_ONLY = ("2000000/0.05/256",)
 DIM = 512
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=7, help="measured steps, after two that are not")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     if args.child:
         run_child(args.child, args.threads)
         return

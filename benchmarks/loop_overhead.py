@@ -22,7 +22,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import build_parser, case, started, write_report
+from benchmarks.common import build_parser, case, read_options, started, write_report
+from utils.errors import POSITIVE, check_ranges, one_line_errors
 
 BAR = 0.97
 BATCH, TURN, ROUND = 16, 25, 200  # images an update, updates a turn and a round
@@ -84,13 +85,15 @@ def child(kind: str, folder: Path, width: int) -> None:
         run.optimizer.clear_grad()
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = build_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="of 200 updates each")
     parser.add_argument("--width", type=int, default=8, help="stem width of the network")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
+    check_ranges(args, rounds=POSITIVE)
     if args.child:
         child(args.child[0], Path(args.child[1]), args.width)
         return

@@ -21,7 +21,8 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks.common import ROOT, build_parser, case, child_environment, rank_environments, write_report
+from benchmarks.common import ROOT, build_parser, case, child_environment, rank_environments, read_options, write_report
+from utils.errors import one_line_errors
 from utils.launch import launch_command
 
 BOUND = 1e-3
@@ -137,6 +138,7 @@ def _run(command: list[str], environments: list[dict[str, str]]) -> None:
         raise SystemExit("\n".join(output[-3000:] for output in outputs))
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = build_parser(__doc__)
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     if args.child:
         run_ours(args.child)
         return

@@ -21,7 +21,7 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks.common import build_parser, write_report
+from benchmarks.common import build_parser, read_options, write_report
 from eval.embed import Embedder, load_embedder
 from eval.features import protocol_features
 from eval.metrics import distance_metrics
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("--demo", type=Path, default=Path("work_dirs/orl_demo"), help="what make demo left")
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     run = str(args.demo / "run")
     expected, reference_ND = figures(load_embedder(run, engine="dynamic"), args.demo)
     cases, bad = [], []

@@ -27,7 +27,8 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks.common import ROOT, build_parser, case, write_report
+from benchmarks.common import ROOT, build_parser, case, read_options, write_report
+from utils.errors import one_line_errors
 
 MXNET_PYTHON = ROOT / ".venv-mxnet" / "bin" / "python"
 
@@ -297,6 +298,7 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     return [*cases, index_of_shards(folder)]
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
@@ -305,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--runs", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--index-lines", type=int, default=5_900_000, help="lines of the large index; 0 leaves it out")
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     with tempfile.TemporaryDirectory() as folder:
         cases = measure(Path(folder), args)
         if args.index_lines:

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from prettytable import PrettyTable
 
-from benchmarks.common import ROOT, build_parser, case, write_report
+from benchmarks.common import ROOT, build_parser, case, read_options, write_report
 from eval.approximate import ApproximateSearch, build_index, load_faiss
 from eval.embed import load_embedder
 from eval.gallery import About, unit_float32, write_gallery
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--each", type=int, default=125, help="rows of each of the 320 pictures (default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     load_faiss()
     embedder = load_embedder(args.model, batch_size=64)
     side = embedder.input_size

@@ -19,12 +19,14 @@ if __package__ in (None, ""):
 import numpy as np
 
 from benchmarks import common
-from benchmarks.common import ROOT, build_parser, case, serve, started, versions, write_report
+from benchmarks.common import ROOT, build_parser, case, read_options, serve, started, versions, write_report
+from utils.errors import one_line_errors
 
 __all__ = ["machine", "versions"]  # for benchmarks/dispatch.py
 NUM_CLASSES, RATE, EMBEDDING_SIZE, INPUT_SIZE = 85742, 0.1, 512, 112
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each side, after two that are not")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--child", nargs=2, metavar=("NETWORK", "BATCH"), help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = read_options(parser, argv)
     if args.child:
         run_child(args.child[0], int(args.child[1]))
         return

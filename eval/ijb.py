@@ -52,7 +52,7 @@ from eval.tables import (
     strict_table,
 )
 from utils import distributed
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -75,8 +75,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("give either --image-path (with --target) or --protocol")
     if args.model is None and args.features is None:
         raise UserError("give --model, or --features with embeddings that are complete")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    check_ranges(args, batch_size=POSITIVE, num_threads=POSITIVE, num_errors=COUNT)
     return args
 
 

@@ -24,7 +24,7 @@ from eval.distractors import FARS, SIZES, identify_among_distractors, load_featu
 from eval.options import bare_name, print_table, print_warnings
 from eval.remarks import distractor_remarks
 from eval.results import load_results, write_distractor_results, write_report
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.owner import claim
 from utils.text import read_text
 
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, help="also write one self-contained HTML page")
     parser.add_argument("--compare", type=Path, nargs="*", default=[], help="result folders of other runs")
     args = parser.parse_args(argv)
+    check_ranges(args, shuffle=COUNT)
     sizes = [size.strip() for size in args.sizes.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise UserError(f"--sizes {args.sizes}: positive whole numbers, separated by commas")

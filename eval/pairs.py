@@ -147,7 +147,9 @@ def load_sets(
 def _embed(embedder: Embedder, image_NHWC: np.ndarray, batch_size: int, name: str, show: bool) -> np.ndarray:
     """Raw embeddings of the images and of their mirror images, [N, 2, D] float32, complete on every rank."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    num_images, num_batches = len(image_NHWC), -(-len(image_NHWC) // batch_size)
+    num_images = len(image_NHWC)
+    batch_size = min(batch_size, max(1, num_images))  # rows are set aside for whole batches
+    num_batches = -(-num_images // batch_size)
     rounds = -(-num_batches // world_size)
     local = np.zeros((rounds, batch_size, 2, embedder.embedding_size), np.float32)
     with distributed.together():

@@ -8,6 +8,7 @@ JSON and CSV, with ROC curve, score histogram and the most confident errors as p
 """
 
 import argparse
+import math
 import sys
 import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
@@ -30,7 +31,7 @@ from eval.protocols import read_pair_list
 from eval.results import load_results, write_pair_results, write_report
 from eval.stream import claimed
 from utils import distributed
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -54,9 +55,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("nothing to judge: give --data-dir (with .bin sets), or a folder of images and --pairs")
     if not 0 < args.far < 1:
         raise UserError(f"--far {args.far}: must lie between 0 and 1, as 1e-3 does")
-    for option, least in (("batch_size", 1), ("num_folds", 2), ("num_errors", 0)):
-        if vars(args)[option] < least:
-            raise UserError(f"--{option.replace('_', '-')} {vars(args)[option]}: must be at least {least}")
+    check_ranges(args, threshold=(0, 4), batch_size=POSITIVE, num_folds=(2, math.inf), num_errors=COUNT)
     return args
 
 

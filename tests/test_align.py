@@ -8,6 +8,8 @@ from scipy.optimize import linprog
 from benchmarks.align import least_largest_distance
 from utils.photos.align import ARCFACE_TEMPLATE, align_face, similarity_transform
 
+TEMPLATE = np.array(ARCFACE_TEMPLATE)
+
 
 def umeyama(source, target):
     """Least-squares similarity by SVD (Umeyama 1991), reflections excluded."""
@@ -54,10 +56,18 @@ def test_outside_the_crop_is_black():
     assert align_face(np.full((20, 20, 3), 255, np.uint8), np.array(ARCFACE_TEMPLATE))[80:, 80:].max() == 0
 
 
-@pytest.mark.parametrize("landmark", [np.ones((5, 2)), np.full((5, 2), np.nan), np.ones((4, 2))])
+@pytest.mark.parametrize(
+    "landmark",
+    [np.ones((5, 2)), np.full((5, 2), np.nan), np.ones((4, 2)), 1e30 * TEMPLATE, -1e6 * TEMPLATE, 1e-9 * TEMPLATE],
+)
 def test_landmarks_that_define_nothing(landmark):
     with pytest.raises(ValueError, match="landmarks"):
-        similarity_transform(landmark, np.array(ARCFACE_TEMPLATE))
+        similarity_transform(landmark, TEMPLATE)
+
+
+@pytest.mark.parametrize("scale", [-1000.0, 1000.0])
+def test_a_face_far_off_is_black_and_takes_no_memory(scale):
+    assert not align_face(np.full((20, 30, 3), 255, np.uint8), scale * TEMPLATE + 50.0).any()
 
 
 def place(size, scale, turn=0.3, shift=(90.0, 40.0)):

@@ -1,20 +1,25 @@
 """Every script's command line: what argparse refuses is one line on stderr and exit status 1, as for any bad input."""
 
+import argparse
+import ast
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+from utils.errors import COUNT, UserError, check_ranges, one_line_errors
+
 ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("tools", "eval", "benchmarks")
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [ROOT / "train.py", *(ROOT / "tools").rglob("*.py"), *(ROOT / "eval").glob("*.py")]
-    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")
+    for path in [ROOT / "train.py", *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+    if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8") and not path.name.startswith("peer_")
 )
 
 
 def test_scripts_are_found():
-    assert {"train.py", "tools/rec.py", "tools/clean.py", "eval/ijb.py", "eval/verification.py"} <= set(SCRIPTS)
+    assert {"train.py", "tools/rec.py", "tools/clean.py", "eval/ijb.py", "benchmarks/head.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -27,3 +32,62 @@ def test_wrong_options_are_one_line(script, capsys):
     assert end.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "1e400", "2"])
+def test_numbers_out_of_range_are_refused(text):
+    with pytest.raises(UserError, match=r"--min-score .*: must be from 0 to 1"):
+        check_ranges(argparse.Namespace(min_score=float(text)), min_score=(0, 1))
+    with pytest.raises(UserError, match=r"--rates .*: must be from 0 to 1"):
+        check_ranges(argparse.Namespace(rates=[0.5, float(text)]), rates=(0, 1))
+    check_ranges(argparse.Namespace(min_score=None), min_score=(0, 1), other=COUNT)
+
+
+def numbers_of(tree: ast.Module) -> set[str]:
+    """Options of ``add_argument`` that are numbers."""
+    return {
+        next((k.value.value for k in node.keywords if k.arg == "dest"), node.args[0].value.strip("-").replace("-", "_"))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "add_argument"
+        if any(k.arg == "type" and getattr(k.value, "id", None) in ("int", "float") for k in node.keywords)
+    }
+
+
+def checked_in(tree: ast.Module) -> set[str]:
+    """Names with a range: of ``check_ranges`` or of a table, or compared."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "check_ranges":
+            names |= {keyword.arg for keyword in node.keywords}
+        elif isinstance(node, ast.Compare) or "RANGES" in map(ast.unparse, getattr(node, "targets", ())):
+            parts = list(ast.walk(node))
+            names |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
+            names |= {part.value for part in parts if isinstance(part, ast.Constant)}
+    return names
+
+
+def test_every_number_has_a_range():
+    shared = {"benchmarks": checked_in(ast.parse((ROOT / "benchmarks" / "common.py").read_text(encoding="utf-8")))}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            if path.name != "options.py":  # what is shared is checked by the commands: next test
+                assert numbers_of(tree) <= checked_in(tree) | shared.get(room, set()), path
+
+
+def test_shared_numbers_have_a_range_wherever_they_are_taken():
+    for path, names in {
+        "eval/verification.py": {"batch_size", "num_errors"},
+        "eval/ijb.py": {"batch_size", "num_errors"},
+    }.items():
+        assert names <= checked_in(ast.parse((ROOT / path).read_text(encoding="utf-8"))), path
+
+
+def test_long_messages_are_shortened(capsys):
+    def fail():
+        raise UserError(f"list.txt: line 1: {'a/' * 50_000}: no such file")
+
+    with pytest.raises(SystemExit):
+        one_line_errors(fail)()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: list.txt: line 1: a/") and line.endswith(": no such file") and len(line) < 2100

@@ -118,6 +118,15 @@ def test_landmark_lists_are_checked(tmp_path, line, told):
         read_landmarks(tmp_path / "l.txt", tmp_path)
 
 
+@pytest.mark.parametrize("points", ["1 1 " * 5, "1e30 51 73 51 56 71 41 92 70 92"])
+def test_landmarks_that_no_face_has_name_the_photo(tmp_path, run_dir, capsys, points):
+    save_picture(tmp_path / "photos/a.png", picture(0))
+    (tmp_path / "l.txt").write_text(f"a.png {points}\n")
+    output = ["--model", run_dir, "--output", tmp_path / "o.npz"]
+    fail(embed.main, tmp_path / "photos", "--landmarks", tmp_path / "l.txt", *output)
+    assert "a.png: landmarks [[1" in capsys.readouterr().err
+
+
 def test_bad_sources_are_one_line(tmp_path, run_dir, capsys):
     save_picture(tmp_path / "big/a.png", picture(0, 130, 120))
     (tmp_path / "broken").mkdir()

@@ -36,7 +36,7 @@ from dataset import FolderDataset
 from tools.rec.commands import build_parser as rec_parser
 from tools.rec.commands import run_pack
 from tools.rec.write import in_order
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import file_digest, write_csv, write_text
 from utils.owner import claim
 from utils.photos.align import align_face
@@ -274,8 +274,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--landmarks takes the place of a detector; give --detector and --min-score, or --landmarks")
     if not 16 <= args.size <= 2048:
         raise UserError(f"--size {args.size}: 16 to 2048 pixels were expected")
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers}: at least 1 was expected")
+    check_ranges(args, workers=POSITIVE, min_score=(0, 1))
     check_output(args.source, args.output)
     photos, passed_over = plan_photos(args.source)
     detector = args.detector or "mtcnn"

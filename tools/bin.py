@@ -53,7 +53,7 @@ def _listed(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
     try:
         return read_pair_files(path, root)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 def random_pairs(root: Path, count: int, seed: int) -> list[tuple[Path, Path, bool]]:

@@ -28,7 +28,7 @@ from eval.embed import Embedder, load_embedder
 from eval.options import add_device_option, add_engine_options
 from eval.remarks import score_remarks
 from utils import distributed
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import write_json
 from utils.photos.detect import build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces, read_landmarks
@@ -165,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not 0 <= args.far < 1:
         raise UserError(f"--far {args.far}: must be at least 0 and below 1")
+    check_ranges(args, min_score=(0, 1))
     if args.threshold is not None and not -1 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: a cosine lies in -1 ... 1")
     if args.landmarks is not None and args.detector is not None:

@@ -35,7 +35,7 @@ from backbones.guess import guess_network
 from eval.embed import chosen_options, model_options
 from tools.numpy_forward import reference_embedding
 from utils.data.labels import copy_identities
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import write_text
 from utils.weights.head_files import SHARDS, read_head
 from utils.weights.states import (
@@ -243,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--network", help="backbone name; default: told by the source's names and shapes")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of embeddings allowed")
     args = parser.parse_args(argv)
+    check_ranges(args, tolerance=COUNT)
     convert(open_source(args.source), args.output, args.network, args.tolerance)
 
 

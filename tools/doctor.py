@@ -30,7 +30,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import POSITIVE, CommandLine, check_ranges, one_line_errors
 from utils.launch import launch_command, rank_environment
 from utils.system import BF16_CAPABILITY, num_cores, proc_bytes, without_machine_code
 
@@ -359,8 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--disk-mb", type=int, default=256, help="size of the file that measures the disk")
     parser.add_argument("--json", type=Path, help="write the findings there as well")
     args = parser.parse_args(argv)
-    if args.seconds < 0 or args.disk_mb < 1:
-        raise UserError(f"--seconds {args.seconds:g} --disk-mb {args.disk_mb}: give 0 or more seconds, 1 or more MB")
+    check_ranges(args, seconds=(0, 3600), disk_mb=POSITIVE)
     checks = {
         "python": check_python,
         "packages": check_packages,

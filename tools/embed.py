@@ -27,7 +27,7 @@ from eval.options import add_device_option, add_engine_options, print_warnings
 from eval.remarks import landmark_remarks
 from eval.stream import claimed, digest, embed_to_file
 from utils import distributed
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import written_whole
 from utils.photos.detect import build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces, find_images, read_landmarks
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     add_device_option(parser)
     args = parser.parse_args(argv)
+    check_ranges(args, batch_size=POSITIVE, min_score=(0, 1))
     if args.output.suffix != ".npz":
         raise UserError(f"--output {args.output}: the name must end in .npz")
     if args.landmarks is not None and args.detector is not None:

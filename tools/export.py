@@ -24,7 +24,7 @@ from eval.engines import OPSET, DynamicEngine, OnnxEngine, PredictorEngine, save
 from eval.options import add_device_option
 from utils import distributed
 from utils.data.labels import copy_identities
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.system import threads_of_rank
 
 FORMATS = ("paddle", "onnx")
@@ -108,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="difference not to be reached (%(default)s)")
     add_device_option(parser)
     args = parser.parse_args(argv)
+    check_ranges(args, tolerance=COUNT)
     if args.opset < 7:
         raise UserError(f"--opset {args.opset}: at least 7 is needed (default: {OPSET})")
     formats = tuple(dict.fromkeys(part.strip() for part in args.format.split(",") if part.strip()))

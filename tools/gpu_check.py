@@ -477,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "auto" and device == "cpu":
         built = f"paddle {paddle.__version__}, built with CUDA: {paddle.device.is_compiled_with_cuda()}"
         raise UserError(f"no usable GPU ({built}); install paddlepaddle-gpu on a machine with one, or --device cpu")
-    if args.minutes <= 0:
+    if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes:g}: must be above 0")
     count = 2 if device == "cpu" else max(1, num_devices(device))
     sizes = SMALL if args.small or device == "cpu" else FULL

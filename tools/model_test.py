@@ -29,7 +29,7 @@ from eval.pairs import (
     verify,
 )
 from utils import distributed
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import write_text
 
 FAR = 1e-3
@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     add_engine_options(parser)
     add_device_option(parser)
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    check_ranges(args, batch_size=POSITIVE)
     distributed.init(args.device)
     embedder, paths = None, {}
     with distributed.together():

@@ -28,7 +28,7 @@ import paddle
 from paddle.base import core
 
 from backbones import build_backbone
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.head.kernel import takes_numba
 from utils.system import available_memory, peak_bytes, reset_peak
 
@@ -59,9 +59,9 @@ class Setup:
     recompute: bool = False
 
     def __post_init__(self):
-        for name in ("ranks", "batch", "embedding_size", "accumulate", "threads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: {getattr(self, name)} must be at least 1")
+        check_ranges(self, batch=POSITIVE, accumulate=POSITIVE, embedding_size=(1, 65536))
+        if self.ranks < 1:
+            raise UserError(f"--gpus {self.ranks}: must be at least 1")
         if self.classes < self.ranks:
             raise UserError(f"--classes: {self.classes} cannot be split over {self.ranks} ranks")
         if not 0 <= self.sample_rate <= 1:
@@ -100,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments[:1] == ["--probe"]:
         probe(arguments[1], int(arguments[2]), arguments[3], recompute=arguments[4] == "recompute")
         return
-    run(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    check_ranges(args, memory=COUNT)
+    run(args)
 
 
 def run(args: argparse.Namespace) -> None:

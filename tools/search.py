@@ -39,7 +39,7 @@ from eval.options import add_device_option, add_engine_options
 from eval.stream import digest, embed_to_file
 from tools.sources import NetworkImages, open_source, pixel_digest
 from utils import distributed
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import write_json
 from utils.images import find_image_files, is_image_name
 from utils.photos.detect import DetectedFace, build_detector
@@ -406,9 +406,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if not 0 <= vars(args).get("far", 0) < 1:
         raise UserError(f"--far {args.far}: must be at least 0 and below 1")
-    for option, least in (("top", 1), ("batch_size", 1), ("exact_rows", 0)):
-        if vars(args).get(option, least) < least:
-            raise UserError(f"--{option.replace('_', '-')} {vars(args)[option]}: must be at least {least}")
+    check_ranges(args, top=POSITIVE, batch_size=POSITIVE, exact_rows=COUNT, min_score=(0, 1))
     if "device" in vars(args):
         distributed.init(args.device)
     args.run(args)

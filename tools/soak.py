@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from utils.errors import CommandLine, UserError, one_line_errors  # noqa: E402
+from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors  # noqa: E402
 from utils.launch import launch_command, rank_environment  # noqa: E402
 from utils.run.checkpoint import list_checkpoints  # noqa: E402
 
@@ -175,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args(argv)
+    check_ranges(arguments, kills=COUNT, seed=COUNT, steps=POSITIVE, ranks=POSITIVE)
     print(f"seed {arguments.seed}")
     with tempfile.TemporaryDirectory(prefix="soak_") as folder:
         figures = soak(Path(folder), arguments.kills, arguments.seed, arguments.steps, arguments.ranks)

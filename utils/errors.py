@@ -5,9 +5,14 @@ The standard library alone, so that every room may import this file.
 
 import argparse
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable
+
+COUNT, POSITIVE = (0, math.inf), (1, math.inf)  # ranges of whole numbers (``check_ranges``)
+
+_LONGEST = 2000  # characters of a message
 
 
 class UserError(ValueError):
@@ -27,6 +32,20 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message} (--help lists the options)")
 
 
+def check_ranges(options: argparse.Namespace, **ranges: tuple[float, float]) -> None:
+    """Refuse numbers outside ``name=(lowest, highest)``, NaN included; options that the command has not are left alone.
+
+    Raises:
+        UserError: names the option, its value and the range.
+    """
+    for name, (lowest, highest) in ranges.items():
+        given = getattr(options, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not lowest <= value <= highest:
+                told = f"at least {lowest:g}" if math.isinf(highest) else f"from {lowest:g} to {highest:g}"
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {told}")
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Decorator for a script's ``main``: ``UserError`` and ``OSError`` end in one line on stderr and exit status 1.
 
@@ -40,7 +59,10 @@ def one_line_errors(main: Callable) -> Callable:
         except (UserError, OSError) as error:
             if os.environ.get("FACE_DEBUG") == "1":
                 raise
-            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            text = " ".join(str(error).split())
+            if len(text) > _LONGEST:  # a file's line is quoted in it, or a path of thousands of characters
+                text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+            print(f"error: {text}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
 
     return wrapped

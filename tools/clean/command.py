@@ -36,7 +36,7 @@ from tools.clean.rows import Rows
 from tools.clean.sheets import write_page
 from tools.sources import open_source
 from utils import distributed
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import write_csv, write_json, write_text
 from utils.progress import progress_bar
 
@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
+    check_ranges(args, shown=COUNT, batch_size=POSITIVE)
     drop = tuple(part.strip() for part in args.drop.split(",") if part.strip())
     unknown = [part for part in drop if part not in DROPS]
     if unknown:

@@ -24,7 +24,7 @@ if __package__ in (None, ""):
 
 from eval.bins import save_bin
 from mxnet_reader import recordio
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.photos.align import ARCFACE_TEMPLATE
 from utils.vectors import scale_to_unit
 
@@ -227,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--unseen", default="31-40", help="people whom training never sees, e.g. 1-10")
     parser.add_argument("--seed", type=int, default=0, help="draw of impostor pairs and of the synthetic crops")
     args = parser.parse_args(argv)
+    check_ranges(args, seed=COUNT)
     unseen = parse_people(args.unseen)
     faces = load_faces(args.cache)
     seen = [person for person in range(1, NUM_PEOPLE + 1) if person not in unseen]

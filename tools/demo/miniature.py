@@ -25,7 +25,7 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tools.demo.data import Faces, encode_jpeg, load_faces, original_pictures, verification_pairs
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 
 FRIENDS, NUM_ENROLLED, ENLARGED = range(31, 36), 5, 2.5
 TRAIN, UNSEEN = list(range(1, 31)), list(range(31, 41))
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=None, help="where the package with the faces is kept")
     parser.add_argument("--seed", type=int, default=2048, help="order of the pictures and choice of the pairs")
     args = parser.parse_args(argv)
+    check_ranges(args, seed=COUNT)
     parts = {"casia": ["CASIA-maxpy-clean", "lfw-align-128"], "celeba": ["train", "val"],
              "photos": ["photos"]}[args.layout]  # fmt: skip
     for part in parts:

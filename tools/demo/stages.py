@@ -27,7 +27,7 @@ from tools.demo import report
 from tools.demo.baselines import all_pairs, fit_baselines
 from tools.demo.compare import Comparison, Embed, compare
 from tools.demo.data import NUM_PEOPLE, Faces, load_faces, parse_people
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.launch import launch_command
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--splits", action="store_true", help="1-10, 11-20, 21-30 and 31-40 in turn, and their mean")
     parser.add_argument("overrides", nargs="*", help="section.key=value for the training configuration")
     args = parser.parse_args(argv)
+    check_ranges(args, seed=COUNT)
     if not args.splits:
         output = args.output or Path("work_dirs/orl_demo")
         run_demo(args.unseen, args.seed, output, args.cache, args.overrides)

@@ -31,7 +31,7 @@ from tools.rec.verify import verify
 from tools.rec.write import in_order, write_records
 from utils.data.labels import LABELS_NAME, Relabelled
 from utils.decode import DecodeError, decode_image, fit_image
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import write_json
 from utils.progress import progress
 from utils.text import read_text_lines
@@ -386,6 +386,7 @@ def _whole(lowest: int, highest: float, what: str) -> Callable[[str], int]:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    check_ranges(args, seed=COUNT)
     args.run(args)
 
 

@@ -17,12 +17,16 @@ ARCFACE_TEMPLATE = (
     (70.7299, 92.2041),
 )
 
+FARTHEST = 100_000.0  # pixels: no photo reaches farther
+COINCIDE = 1e-6  # square pixels: the sum of squares of distances to the mean
+
 
 def similarity_transform(source_K2: np.ndarray, target_K2: np.ndarray) -> np.ndarray:
     """The 2x3 matrix of the least-squares similarity that takes the source points to the target points, float64.
 
     Raises:
-        ValueError: shapes differ, a value is not finite, or all source points coincide.
+        ValueError: shapes differ, a value is not finite or lies farther out than any photo reaches, or all source
+            points coincide.
     """
     source_K2, target_K2 = np.asarray(source_K2, np.float64), np.asarray(target_K2, np.float64)
     if source_K2.shape != target_K2.shape or source_K2.ndim != 2 or source_K2.shape[1] != 2:
@@ -30,9 +34,12 @@ def similarity_transform(source_K2: np.ndarray, target_K2: np.ndarray) -> np.nda
     source, target = (points[:, 0] + 1j * points[:, 1] for points in (source_K2, target_K2))
     source_mean, target_mean = source.mean(), target.mean()
     centred = source - source_mean
-    spread = float(np.sum(np.abs(centred) ** 2))
-    if not np.isfinite(spread) or spread == 0 or not np.isfinite(target).all():
-        raise ValueError(f"landmarks {source_K2.tolist()} coincide or are not finite; they define no alignment")
+    spread = float(np.sum(np.abs(centred) ** 2)) if (np.abs(source_K2) < FARTHEST).all() else np.nan
+    if not spread > COINCIDE or not np.isfinite(target).all():
+        raise ValueError(
+            f"landmarks {source_K2.tolist()} coincide, are not finite or lie {FARTHEST:g} pixels off; they define no "
+            "alignment"
+        )
     a = np.sum(centred.conj() * (target - target_mean)) / spread
     b = target_mean - a * source_mean
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])

@@ -102,7 +102,10 @@ class AlignedFaces:
             photo = read_photo(face.path)
             if lies_outside(face.landmark_52, photo.shape):
                 self.outside.add(index)
-            return align_face(photo, face.landmark_52, self.size)
+            try:
+                return align_face(photo, face.landmark_52, self.size)
+            except ValueError as error:
+                raise UserError(f"{face.path}: {error}") from None
         image = read_image(face.path)
         if image.shape[:2] != (self.size, self.size):
             if not self.resize and image.shape[:2] != CROP_SIZE:
