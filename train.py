@@ -34,10 +34,8 @@ from utils.run.folder import open_run_folder, owned_run_folder
 from utils.run.log import RunLog
 from utils.run.meters import Meter, SpikeDetector, due
 from utils.run.pictures import open_pictures
-from utils.run.signals import StopSignal
 from utils.run.state import Run, find_resume, fit_batch, restore, seed_update
-from utils.run.steps import Feed, Update, finish, log_update, report_odd, save
-from utils.run.steps import fetch as fetch
+from utils.run.steps import Feed, StopSignal, Update, finish, log_update, report_odd, save
 from utils.run.summary import summarize
 from utils.run.watchdog import Watchdog
 from utils.system import choose_convolutions, gpu_capability, keep_freed_memory
@@ -93,7 +91,7 @@ def build(config: Config) -> Run:
         verification=verification,
         log=log,
         writer=CheckpointWriter(run.output, config.checkpoint.keep, config.checkpoint.asynchronous),
-        watchdog=Watchdog(run.output, rank, world_size, hang_timeout=run.hang_timeout, on_end=log.warning),
+        watchdog=Watchdog(run.output, run.hang_timeout, on_end=log.warning),
         spikes=SpikeDetector(config.log.spike),
         accumulation=accumulation,
         images_per_update=images_per_update,

@@ -3,7 +3,6 @@
 import difflib
 import functools
 import inspect
-import math
 from collections.abc import Callable
 
 from paddle import nn
@@ -72,12 +71,3 @@ def available_options(name: str) -> list[str]:
     own = inspect.signature(BACKBONES[resolve_name(name)]).parameters
     common = inspect.signature(Backbone).parameters if "common" in own else {}
     return [key for key in {**own, **common} if key not in _FIXED]
-
-
-def count_parameters(layer: nn.Layer) -> int:
-    """Number of weights as PyTorch counts them: running means and variances of batch norms are not among them."""
-    return sum(
-        math.prod(parameter.shape)
-        for name, parameter in layer.named_parameters()
-        if name.rsplit(".", 1)[-1] not in ("_mean", "_variance")
-    )

@@ -8,12 +8,13 @@ import numpy as np
 import paddle
 import pytest
 
-from backbones import ALIASES, BACKBONES, available_options, build_backbone, count_parameters
+from backbones import ALIASES, BACKBONES, available_options, build_backbone
 from backbones.cpu_prelu import CPUPReLU
 from backbones.layers import SMALL as SMALL_ACTIVATION
 from backbones.layers import PReLU, batch_norm, batch_norm_1d, conv
 from utils.errors import UserError
 from utils.model.compile import compile_backbone
+from utils.run.summary import count_parameters
 
 # Small widths; sizes that halve evenly and ones that do not.
 SMALL = {
@@ -65,7 +66,7 @@ def test_narrow_counts_follow_from_the_definition():
                 total += (c * cout + 2 * cout) if index == 0 else 0
             cin = cout
         total += 2 * cin + cin * size * size * dim + dim + 2 * dim
-        assert count_parameters(build_backbone(name, width=width, input_size=32, embedding_size=dim)) == total
+        assert count_parameters(build_backbone(name, width=width, input_size=32, embedding_size=dim))[0] == total
 
 
 @pytest.mark.oldest

@@ -16,8 +16,8 @@ from utils.distributed import agree
 from utils.head.angles import log_angles
 from utils.run.log import RunLog, StepMetrics, duration
 from utils.run.meters import SpikeDetector, due
-from utils.run.signals import StopSignal
 from utils.run.state import fit_batch, seed_update
+from utils.run.steps import StopSignal
 
 FIGURES = {
     "epoch": 0.5, "loss": 3.25, "lr": 0.1, "images_s": 100.0, "data_wait": 0.25, "grad_norm": 2.0, "theta_own": 60.0,

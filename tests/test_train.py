@@ -332,8 +332,9 @@ config = train.parse_arguments([sys.argv[1]], train.DEFAULT_CONFIG, "")
 parts = train.build(config)
 iterator = iter(parts.loader)
 class Never: received, agreed = None, False
+from utils.run.steps import fetch
 while parts.progress.step < int(sys.argv[2]):
-    batches = train.fetch(parts, iterator, Never)
+    batches = fetch(parts, iterator, Never)
     if batches is None:
         iterator = iter(parts.loader)
         continue

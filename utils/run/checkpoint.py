@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-import threading
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ _EXPORTS = {"backbone": "backbone.pdparams", "ema": "backbone_ema.pdparams"}
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank saves: copies that training no longer touches.
+    """What one rank saves (copies that training no longer touches), or gets back for the classes that it asked for.
 
     Attributes:
         rows: arrays whose first axis is the local classes; ``row_start`` is the first one's global id.
@@ -59,15 +59,6 @@ class Snapshot:
     meta: dict
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What a rank gets back; fields as in ``Snapshot``, the rows being those of [start, start + num_local)."""
-
-    rows: dict[str, np.ndarray]
-    table: dict[str, np.ndarray]
-    shared: dict[str, dict[str, np.ndarray]]
-
-
 class CheckpointWriter:
     """Writes snapshots in a thread. All ranks drive it in step: ``start``, then ``finish`` when none is ``pending``.
 
@@ -80,21 +71,24 @@ class CheckpointWriter:
         self.folder = self.run_dir / "checkpoints"
         self.keep, self.asynchronous = keep, asynchronous
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._snapshot: Snapshot | None = None
-        self._mark_best = False
+        self._pool = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._written: futures.Future | None = None  # this rank's part of a save, from ``start`` to ``finish``
         self.last_step: int | None = None  # of the last save begun
 
     @property
     def busy(self) -> bool:
         """A save was started and not yet finished (equal on all ranks)."""
-        return self._snapshot is not None
+        return self._written is not None
 
     @property
     def pending(self) -> bool:
         """This rank's files are still being written."""
-        return self._thread is not None and self._thread.is_alive()
+        return self.busy and not self._written.done()
+
+    @property
+    def failed(self) -> bool:
+        """This rank's part could not be written."""
+        return self.busy and not self.pending and self._written.exception() is not None
 
     def start(self, snapshot: Snapshot, best: bool = False) -> None:
         """Begin to write. The partial folder of an earlier, interrupted save of the same step is replaced.
@@ -102,30 +96,23 @@ class CheckpointWriter:
         All ranks call it; a save still running must have been finished.
         """
         assert not self.busy, "finish() the running save first"
-        self._snapshot, self._error, self._mark_best, self.last_step = snapshot, None, best, snapshot.step
-        partial = self._partial(snapshot.step)
+        self._snapshot, self._mark_best, self.last_step = snapshot, best, snapshot.step
+        self._written, partial = futures.Future(), self._partial(snapshot.step)
         try:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         except OSError as error:
-            self._error = error
+            self._written.set_exception(error)
         distributed.barrier()
-        if self._error is None:
-            self._thread = threading.Thread(target=self._write, args=(snapshot, partial), name="checkpoint")
-            self._thread.start()
-            if not self.asynchronous:
-                self._thread.join()
-
-    @property
-    def failed(self) -> bool:
-        """This rank's part could not be written."""
-        return self._error is not None
+        if not self._written.done():
+            self._written = self._pool.submit(self._write, snapshot, partial)
+        if not self.asynchronous:
+            self.wait()
 
     def wait(self) -> None:
         """Until this rank's files are written (or have failed)."""
-        if self._thread is not None:
-            self._thread.join()
+        futures.wait([self._written])
 
     def finish(self, any_failed: bool) -> Path:
         """Publish the checkpoint (rank 0 renames) or drop it.
@@ -136,18 +123,16 @@ class CheckpointWriter:
         Raises:
             UserError: on every rank, if a part could not be written; the older checkpoints are untouched.
         """
-        snapshot, error = self._snapshot, self._error
-        self.wait()
-        self._thread = self._snapshot = self._error = None
+        snapshot, error = self._snapshot, self._written.exception()  # which waits
+        self._snapshot = self._written = None
         partial, final = self._partial(snapshot.step), self.folder / _name(snapshot.step)
-        if not any_failed:
-            try:
-                if self.rank == 0:
-                    self._publish(snapshot, partial, final)
-            except OSError as publish_error:
-                error = publish_error
-        elif self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        try:
+            if self.rank == 0 and any_failed:
+                shutil.rmtree(partial, ignore_errors=True)
+            elif self.rank == 0:
+                self._publish(snapshot, partial, final)
+        except OSError as publish_error:
+            error = publish_error
         message = None
         if error is not None:
             reason = getattr(error, "strerror", None) or error
@@ -162,23 +147,20 @@ class CheckpointWriter:
         return self.folder / f"{_name(step)}.partial"
 
     def _write(self, snapshot: Snapshot, partial: Path) -> None:
-        try:
-            files = {}
-            head = {f"rows/{key}": value for key, value in snapshot.rows.items()}
-            if self.rank == 0:
-                head.update({f"table/{key}": value for key, value in snapshot.table.items()})
-                for stem, arrays in snapshot.shared.items():
-                    files[f"{stem}.safetensors"] = _save(partial / f"{stem}.safetensors", arrays)
-                for stem, export in _EXPORTS.items():
-                    if stem in snapshot.shared:
-                        save_pdparams(partial / export, snapshot.shared[stem])
-            name = f"head_{self.rank:04d}_of_{self.world_size:04d}.safetensors"
-            files[name] = _save(partial / name, head)
-            num_local = len(next(iter(snapshot.rows.values()))) if snapshot.rows else 0
-            record = {"rank": self.rank, "row_start": snapshot.row_start, "num_local": num_local, "files": files}
-            write_json(partial / f"rank_{self.rank:04d}.json", record)
-        except BaseException as error:  # reported by finish() on every rank
-            self._error = error
+        files = {}
+        head = {f"rows/{key}": value for key, value in snapshot.rows.items()}
+        if self.rank == 0:
+            head |= {f"table/{key}": value for key, value in snapshot.table.items()}
+            for stem, arrays in snapshot.shared.items():
+                files[f"{stem}.safetensors"] = _save(partial / f"{stem}.safetensors", arrays)
+            for stem, export in _EXPORTS.items():
+                if stem in snapshot.shared:
+                    save_pdparams(partial / export, snapshot.shared[stem])
+        name = f"head_{self.rank:04d}_of_{self.world_size:04d}.safetensors"
+        files[name] = _save(partial / name, head)
+        num_local = len(next(iter(snapshot.rows.values()))) if snapshot.rows else 0
+        record = {"rank": self.rank, "row_start": snapshot.row_start, "num_local": num_local, "files": files}
+        write_json(partial / f"rank_{self.rank:04d}.json", record)
 
     def _publish(self, snapshot: Snapshot, partial: Path, final: Path) -> None:
         ranks = [_read_json(partial / f"rank_{rank:04d}.json") for rank in range(self.world_size)]
@@ -225,7 +207,7 @@ def find_checkpoint(run_dir: str | Path, resume: str, warn=print) -> Path | None
     Args:
         resume: ``auto`` (the newest undamaged one, None if there is none), ``latest`` (the same, but there must be one)
             or the path of a checkpoint folder or of another run's folder.
-        warn: called with a line for each damaged checkpoint that is passed over.
+        warn: called on rank 0 with a line for each damaged checkpoint that is passed over.
 
     Raises:
         UserError: nothing usable where something must be.
@@ -241,7 +223,8 @@ def find_checkpoint(run_dir: str | Path, resume: str, warn=print) -> Path | None
         problem = _first_problem(Path(path))
         if problem is None:
             return Path(path)
-        warn(f"checkpoint {path} is damaged ({problem}); trying the one before")
+        if distributed.get_rank() == 0:
+            warn(f"warning: checkpoint {path} is damaged ({problem}); trying the one before")
     if resume == "auto":
         return None
     place = Path(run_dir) / "checkpoints" if resume == "latest" else resume
@@ -256,14 +239,12 @@ def read_meta(path: str | Path) -> dict:
         raise UserError(f"{path}: no readable meta.json ({error}); give the folder of a whole checkpoint") from None
 
 
-def load_checkpoint(path: str | Path, start: int, num_local: int, meta: dict | None = None) -> Loaded:
+def load_checkpoint(path: str | Path, start: int, num_local: int) -> Snapshot:
     """Read a checkpoint for the classes [start, start + num_local), whatever the world size that wrote it.
 
-    Only the rows asked for are read. ``meta``: the checkpoint's, where it was read already. Raises UserError where the
-    rows do not exist.
+    Only the rows asked for are read. Raises UserError where they do not exist.
     """
-    path = Path(path)
-    meta = read_meta(path) if meta is None else meta
+    path, meta = Path(path), read_meta(path)
     world_size = meta["world_size"]
     stems = [name.removesuffix(".safetensors") for name in meta["files"] if not name.startswith("head_")]
     shared = {stem: load_file(path / f"{stem}.safetensors") for stem in stems}
@@ -290,7 +271,7 @@ def load_checkpoint(path: str | Path, start: int, num_local: int, meta: dict | N
                 f"{path}: head array {name!r} covers {total} classes, rows {start} to {start + num_local - 1} were "
                 "asked for; the class count differs: use init.backbone= (and init.head=) instead of --resume"
             )
-    return Loaded(rows=rows, table=table, shared=shared)
+    return Snapshot(meta["step"], rows, start, table, shared, meta)
 
 
 def _name(step: int) -> str:

@@ -1,6 +1,7 @@
 """The run directory: owned by one training, seen as the same by all ranks, an earlier run's files moved aside."""
 
 import contextlib
+import itertools
 import shutil
 import socket
 from collections.abc import Iterator
@@ -11,19 +12,8 @@ from utils.errors import UserError
 from utils.owner import claim
 
 # What a run leaves; a fresh run in the same directory moves it to previous_N/.
-_PRODUCTS = (
-    "backbone.pdparams",
-    "backbone_best.pdparams",
-    "backbone_ema.pdparams",
-    "best",
-    "checkpoints",
-    "config.yaml",
-    "events",
-    "latest",
-    "metrics.jsonl",
-    "train.log",
-    "visualdl",
-)
+_WEIGHTS = ("backbone.pdparams", "backbone_best.pdparams", "backbone_ema.pdparams", "best", "checkpoints", "latest")
+_LOGS = ("config.yaml", "events", "metrics.jsonl", "train.log", "visualdl")
 
 
 @contextlib.contextmanager
@@ -41,13 +31,10 @@ def owned_run_folder(run_dir: str | Path) -> Iterator[None]:
             try:
                 owner = claim(run_dir, "set run.output to another folder")
             except OSError as error:
-                reason = error.strerror or error
-                raise UserError(
-                    f"{run_dir}: cannot be written: {reason}; set run.output to a writable folder"
-                ) from None
+                why = f"cannot be written: {error.strerror or error}"
+                raise UserError(f"{run_dir}: {why}; set run.output to a writable folder") from None
     with owner if owner is not None else contextlib.nullcontext():
-        name = distributed.broadcast_object(owner and owner.path.name)
-        token = distributed.broadcast_object(owner and owner.claim.token)
+        name, token = distributed.broadcast_object(owner and (owner.path.name, owner.claim.token))
         with distributed.together():
             seen = run_dir / name
             if not seen.exists() or token not in seen.read_text(encoding="utf-8"):
@@ -59,12 +46,8 @@ def owned_run_folder(run_dir: str | Path) -> Iterator[None]:
 
 
 def open_run_folder(run_dir: str | Path, fresh: bool) -> str | None:
-    """Prepare the owned run directory: what an earlier run left goes to ``previous_N/``, unless it is continued.
-
-    All ranks call it. Nothing is deleted.
-
-    Args:
-        fresh: not a resume.
+    """Prepare the owned run directory: unless it is continued (``fresh``), what an earlier run left goes to
+    ``previous_N/``. All ranks call it.
 
     Returns:
         What was done with an earlier run's files, to be logged (rank 0); None if there were none.
@@ -72,21 +55,18 @@ def open_run_folder(run_dir: str | Path, fresh: bool) -> str | None:
     Raises:
         UserError: on every rank, if the files cannot be moved.
     """
+    run_dir = Path(run_dir)
     with distributed.together():
-        return _move_aside(Path(run_dir)) if fresh and distributed.get_rank() == 0 else None
-
-
-def _move_aside(run_dir: Path) -> str | None:
-    found = [run_dir / name for name in _PRODUCTS if (run_dir / name).exists()]
-    if not (run_dir / "checkpoints").exists():  # nothing worth keeping: a run that ended before its first checkpoint
+        if not fresh or distributed.get_rank() != 0:
+            return None
+        found = [run_dir / name for name in (*_WEIGHTS, *_LOGS) if (run_dir / name).exists()]
+        if not (run_dir / "checkpoints").exists():  # a run that ended before its first checkpoint: not worth keeping
+            for path in found:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            return None
+        places = (run_dir / f"previous_{number}" for number in itertools.count(1))
+        target = next(place for place in places if not place.exists())
+        target.mkdir()
         for path in found:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return None
-    number = 1
-    while (run_dir / f"previous_{number}").exists():
-        number += 1
-    target = run_dir / f"previous_{number}"
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    return f"an earlier run's files were moved to {target} (--resume would have continued it)"
+            path.rename(target / path.name)
+        return f"an earlier run's files were moved to {target} (--resume would have continued it)"

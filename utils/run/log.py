@@ -4,9 +4,10 @@
 drops the lines of updates that it will do again, so the file always holds one line an update logged.
 """
 
+import contextlib
+import functools
 import importlib
 import json
-import logging
 import math
 import sys
 import time
@@ -78,44 +79,40 @@ class RunLog:
         resume_step: int | None = None,
         total_steps: int = 0,
     ):
-        self.run_dir, self.rank = Path(run_dir), rank
-        self._logger = logging.getLogger(f"run.{self.run_dir}.{rank}")
-        self._logger.handlers.clear()
-        self._logger.propagate = False
-        self._logger.setLevel(logging.INFO)
-        self._writers, self._jsonl, self._progress, self._task = [], None, None, None
+        self.rank, self._writers, self._progress = rank, [], None
+        self._open = contextlib.ExitStack()
         if rank != 0:
             return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.run_dir / "train.log", mode="a" if resume_step is not None else "w")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self._logger.addHandler(handler)
-        metrics = self.run_dir / "metrics.jsonl"
-        kept = _lines_until(metrics, resume_step) if resume_step is not None else []
+        run_dir, resumed = Path(run_dir), resume_step is not None
+        run_dir.mkdir(parents=True, exist_ok=True)
+        metrics = run_dir / "metrics.jsonl"
+        kept = _lines_until(metrics, resume_step) if resumed else []
         metrics.write_text("".join(kept), encoding="utf-8")
-        self._jsonl = open(metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
+        opened = functools.partial(open, encoding="utf-8", buffering=1)  # each line is on its way at once
+        self._jsonl = self._open.enter_context(opened(metrics, "a"))
+        self._lines = self._open.enter_context(opened(run_dir / "train.log", "a" if resumed else "w"))
         if tensorboard:
-            purge = None if resume_step is None else resume_step + 1
             writer = _package("tensorboard", "tensorboardX", "tensorboardX").SummaryWriter
-            self._writers.append(writer(str(self.run_dir / "events"), purge_step=purge))
+            self._writers.append(writer(str(run_dir / "events"), purge_step=resume_step + 1 if resumed else None))
         if visualdl:
             writer = _package("visualdl", "visualdl", "visualdl==2.5.3").LogWriter
-            self._writers.append(writer(logdir=str(self.run_dir / "visualdl")))
+            self._writers.append(writer(logdir=str(run_dir / "visualdl")))
+        for writer in self._writers:
+            self._open.callback(writer.close)
         if sys.stdout.isatty():  # log files and pipes get plain lines
-            self._progress = build_bar(with_line=True)
+            self._progress = self._open.enter_context(build_bar(with_line=True))
             self._task = self._progress.add_task("train", total=total_steps, completed=resume_step or 0, line="")
-            self._progress.start()
 
     def info(self, message: str) -> None:
         """A line for people, on rank 0."""
         if self.rank == 0:
-            self._logger.info(message)
+            self._write("INFO", message)
             self._print(message)
 
     def warning(self, message: str, first_rank: bool = False) -> None:
         """A warning, of every rank that has one; ``first_rank``: all have the same, rank 0 tells it."""
         if self.rank == 0:
-            self._logger.warning(message)
+            self._write("WARNING", message)
             self._print(f"warning: {message}")
         elif not first_rank:
             print(f"warning (rank {self.rank}): {message}", file=sys.stderr, flush=True)
@@ -124,13 +121,13 @@ class RunLog:
         """Figures of an update."""
         if self.rank != 0:
             return
-        record = asdict(metrics)
+        record, line = asdict(metrics), metrics.line()
         self._record("train", record)
-        self._logger.info(metrics.line())
+        self._write("INFO", line)
         if self._progress is None:
-            self._print(metrics.line())
+            self._print(line)
         else:
-            self._progress.update(self._task, completed=metrics.step, line=metrics.line())
+            self._progress.update(self._task, completed=metrics.step, line=line)
         self.scalars({f"train/{key}": value for key, value in record.items() if key != "step"}, metrics.step)
 
     def verify(self, step: int, name: str, figures: dict[str, float]) -> None:
@@ -156,23 +153,14 @@ class RunLog:
     def image(self, name: str, picture_HWC, step: int) -> None:
         """A uint8 RGB picture into the event files."""
         for writer in self._writers:
-            if hasattr(writer, "add_image"):
-                writer.add_image(name, picture_HWC, step, dataformats="HWC")
+            writer.add_image(name, picture_HWC, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-        for writer in self._writers:
-            writer.close()
-        self._writers = []
-        if self._jsonl is not None:
-            self._jsonl.close()
-            self._jsonl = None
-        for handler in self._logger.handlers:
-            handler.close()
-        self._logger.handlers.clear()
+        self._open.close()
+
+    def _write(self, level: str, message: str) -> None:
+        self._lines.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {message}\n")
 
     def _record(self, kind: str, record: dict) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

@@ -16,7 +16,6 @@ class Meter:
     """Rates and means between two log lines."""
 
     def __init__(self):
-        self.start = time.monotonic()
         self.reset()
 
     def reset(self) -> None:
@@ -50,8 +49,8 @@ class SpikeDetector:
     The first ``warm`` losses only teach it.
     """
 
-    def __init__(self, threshold: float, warm: int = 20, decay: float = 0.98):
-        self.threshold, self.warm, self.decay = threshold, warm, decay
+    def __init__(self, threshold: float, warm: int = 20):
+        self.threshold, self.warm = threshold, warm
         self.count, self.mean, self.variance = 0, 0.0, 0.0
 
     def observe(self, loss: float) -> bool:
@@ -61,7 +60,7 @@ class SpikeDetector:
         excess = loss - self.mean
         if self.count >= self.warm and excess > self.threshold * math.sqrt(self.variance) and excess > self.mean / 2:
             return True
-        weight = max(1 - self.decay, 1 / (self.count + 1))
+        weight = max(0.02, 1 / (self.count + 1))
         self.mean += weight * excess
         self.variance = (1 - weight) * (self.variance + weight * excess**2)
         self.count += 1

@@ -11,23 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import paddle
 
 from utils import distributed
 from utils.decode import normalise_images
 from utils.errors import UserError
 from utils.model.modes import evaluating
+from utils.run import plane as planes
 from utils.run.meters import due
-from utils.run.plane import (
-    PLANE_FILE,
-    Angles,
-    Plane,
-    draw_planes,
-    image_grid,
-    load_plane,
-    measure_angles,
-    save_plane,
-    write_png,
-)
+from utils.run.plane import PLANE_FILE, Plane, write_png
 
 if TYPE_CHECKING:
     from config import Config
@@ -51,81 +43,52 @@ def open_pictures(config: "Config", log: "RunLog", build_source: Callable[..., "
         return None
     if every and size != 2:
         raise UserError(f"log.plane_every_steps: {every} with model.embedding_size={size}; a plane needs 2")
-    source = None
-    if every:
-        split = {"split": "test"} if config.data.kind == "mnist" else {}
-        source = build_source(config.data.kind, **{**config.source_options(), **split})
-    title = config.head.margin.name
-    return Pictures(config.run.output, log, source, every, title, config.log.plane_beside, config.log.samples)
+    split = {"split": "test"} if config.data.kind == "mnist" else {}
+    source = build_source(config.data.kind, **{**config.source_options(), **split}) if every else None
+    return Pictures(config, log, source)
 
 
 class Pictures:
-    """Draws for one run; rank 0 draws, all ranks call.
+    """Draws for the run of ``config``; rank 0 draws, all ranks call. ``source``: images of the plane, if any."""
 
-    Args:
-        run_dir: the run directory.
-        log: where pictures and angles go as well.
-        source: images of the plane; None: no plane.
-        every_steps: cadence of the plane, in updates.
-        title: above the plane.
-        beside: run directory, or ``plane.npz``, of a run to draw on the left; skipped, with a word, until it exists.
-        num_samples: training images shown at the start.
-    """
-
-    def __init__(
-        self,
-        run_dir: str | Path,
-        log: "RunLog",
-        source: "Source | None" = None,
-        every_steps: int = 0,
-        title: str = "",
-        beside: str | None = None,
-        num_samples: int = 0,
-    ):
-        self.run_dir, self.log, self.title, self.num_samples = Path(run_dir), log, title, num_samples
-        self.every_steps = every_steps
+    def __init__(self, config: "Config", log: "RunLog", source: "Source | None"):
+        self.run_dir, self.log, self.title = Path(config.run.output), log, config.head.margin.name
+        self.every_steps, self.num_samples = config.log.plane_every_steps, config.log.samples
+        beside = config.log.plane_beside  # run directory, or ``plane.npz``, of a run to draw on the left
         self._beside = None if beside is None else Path(beside)
-        self._image_NHWC = self._label_N = None
         self._drawn_step = -1
         if source is not None and distributed.get_rank() == 0:
             # Evenly spaced, so that every class occurs whatever the order of the source.
             chosen = np.linspace(0, len(source) - 1, min(len(source), MAX_IMAGES)).astype(np.int64)
             images, labels = zip(*(source[int(index)] for index in chosen), strict=True)
             self._image_NHWC, self._label_N = np.stack(images), np.array(labels, np.int64)
-        self.has_plane = source is not None
 
     def draw(self, backbone, head, step: int, image_BCHW=None) -> None:
         """What is due after update ``step``: samples after the first one, the plane on its cadence. All ranks call it.
 
         ``image_BCHW``: a training batch of this rank; without it the plane is drawn whatever the cadence (the end).
         """
-        if image_BCHW is not None and step == 1:
-            self.samples(image_BCHW)
-        if image_BCHW is None or due(step, self.every_steps):
-            self.plane(backbone, head, step)
-
-    def samples(self, image_BCHW) -> None:
-        """The first images of a training batch as the network sees them; local, no collective."""
-        if self.num_samples and distributed.get_rank() == 0:
-            grid = image_grid(image_BCHW[: self.num_samples].astype("float32").numpy())
+        if image_BCHW is not None and step == 1 and self.num_samples and distributed.get_rank() == 0:
+            grid = planes.image_grid(image_BCHW[: self.num_samples].astype("float32").numpy())
             write_png(self.run_dir / "samples.png", grid)
             self.log.image("train/samples", grid, 0)
+        asked = self.every_steps if image_BCHW is None else due(step, self.every_steps)
+        if asked and step != self._drawn_step:
+            self._drawn_step = step
+            self._plane(backbone, head, step)
 
-    def plane(self, backbone, head, step: int) -> Angles | None:
-        """Embed, draw, measure; once a step. All ranks call it; rank 0 gets the angles."""
-        if not self.has_plane or step == self._drawn_step:
-            return None
-        self._drawn_step = step
+    def _plane(self, backbone, head, step: int) -> None:
+        """Embed, draw, measure. All ranks call it."""
         local_CD = head.rows(np.arange(head.shard.num_local))
         center_CD = np.concatenate(distributed.all_gather_object(np.asarray(local_CD, np.float32)))
         if distributed.get_rank() != 0:
-            return None
+            return
         plane = Plane(self._embed(backbone), self._label_N, center_CD, self.title, step)
-        angles = measure_angles(plane)
-        picture = draw_planes([*self._other(), plane])
+        angles = planes.measure_angles(plane)
+        picture = planes.draw_planes([*self._other(), plane])
         write_png(self.run_dir / "plane" / f"step_{step:06d}.png", picture)
         write_png(self.run_dir / "plane.png", picture)
-        save_plane(self.run_dir / PLANE_FILE, plane)
+        planes.save_plane(self.run_dir / PLANE_FILE, plane)
         self.log.image("plane", picture, step)
         self.log.scalars({f"plane/{name}": value for name, value in asdict(angles).items()}, step)
         self.log.event(step, "plane", **asdict(angles))
@@ -134,16 +97,12 @@ class Pictures:
             f"nearest other class {angles.inter_nearest:.2f} (least {angles.inter_min:.2f}), "
             f"accuracy {angles.accuracy:.4f}"
         )
-        return angles
 
     def _embed(self, backbone) -> np.ndarray:
-        import paddle
-
         parts = []
         with evaluating(backbone):
             for start in range(0, len(self._image_NHWC), BATCH):
-                part_NHWC = self._image_NHWC[start : start + BATCH]
-                image_BCHW = normalise_images(part_NHWC)
+                image_BCHW = normalise_images(self._image_NHWC[start : start + BATCH])
                 parts.append(backbone(paddle.to_tensor(image_BCHW)).astype("float32").numpy())
         return np.concatenate(parts)
 
@@ -155,8 +114,5 @@ class Pictures:
             self.log.info(f"log.plane_beside: no plane in {self._beside} yet (run it first); drawing ours alone")
             self._beside = None
             return []
-        try:
-            plane = load_plane(path)
-            return [replace(plane, title=plane.title or path.parent.name)]
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        plane = planes.load_plane(path)
+        return [replace(plane, title=plane.title or path.parent.name)]

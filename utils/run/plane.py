@@ -19,8 +19,6 @@ from utils.files import written_whole
 from utils.vectors import scale_to_unit
 
 PLANE_FILE = "plane.npz"  # in a run directory: the last plane, as arrays
-PANEL_INCHES = 6.0
-DPI = 100
 
 
 @dataclass(frozen=True)
@@ -100,30 +98,23 @@ def save_plane(path: str | Path, plane: Plane) -> None:
 
 
 def load_plane(path: str | Path) -> Plane:
-    """What ``save_plane`` wrote; ``ValueError`` names the file where it is something else."""
+    """What ``save_plane`` wrote; UserError names the file where it is something else."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("embedding", "label", "center", "title", "step")}
+            return Plane(file["embedding"], file["label"], file["center"], str(file["title"]), int(file["step"]))
     except (ValueError, KeyError, EOFError) as error:
         raise UserError(f"{path}: no embedding plane ({error}); train a 2-D run with log.plane_every_steps") from None
-    return Plane(arrays["embedding"], arrays["label"], arrays["center"], str(arrays["title"]), int(arrays["step"]))
 
 
 def draw_planes(planes: list[Plane]) -> np.ndarray:
-    """Planes side by side -> uint8 RGB [H, W, 3] of 600x600 pixels a plane.
-
-    Raises:
-        UserError: no plane was given, or an embedding that is not 2-D.
-    """
-    if not planes:
-        raise UserError("0 planes to draw; give at least one")
+    """Planes side by side -> uint8 RGB [H, W, 3] of 600x600 pixels a plane; UserError if an embedding is not 2-D."""
     for plane in planes:
         if (shape := np.shape(plane.embedding_ND))[1:] != (2,):
             raise UserError(f"embedding of shape {shape}: only 2-D embeddings make a plane (model.embedding_size=2)")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(PANEL_INCHES * len(planes), PANEL_INCHES), dpi=DPI)
+    figure = Figure(figsize=(6.0 * len(planes), 6.0), dpi=100)
     canvas = FigureCanvasAgg(figure)
     for axes, plane in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes, strict=True):
         _draw_panel(axes, plane)
@@ -136,8 +127,8 @@ def _draw_panel(axes, plane: Plane) -> None:
     from matplotlib import colormaps
 
     embedding_N2, label_N = np.asarray(plane.embedding_ND, np.float64), np.asarray(plane.label_N)
-    colours = colormaps["tab10" if len(plane.center_CD) <= 10 else "hsv"]
     num_classes = len(plane.center_CD)
+    colours = colormaps["tab10" if num_classes <= 10 else "hsv"]
     # A handful of far outliers must not shrink the picture to a dot.
     reach = float(np.percentile(np.linalg.norm(embedding_N2, axis=1), 99.0)) * 1.1 or 1.0
     direction_C2 = _directions(plane.center_CD)
@@ -166,9 +157,8 @@ def image_grid(image_BCHW: np.ndarray, columns: int = 8) -> np.ndarray:
     columns = min(columns, num_images)
     rows = -(-num_images // columns)
     tiles = np.zeros((rows * columns, height, width, 3), np.uint8)
-    tiles[:num_images] = np.clip(np.rint(image_BCHW * 127.5 + 127.5), 0, 255).transpose(
-        0, 2, 3, 1
-    )  # grey: 3 equal ones
+    image_BHWC = image_BCHW.transpose(0, 2, 3, 1)  # grey becomes three equal channels
+    tiles[:num_images] = np.clip(np.rint(image_BHWC * 127.5 + 127.5), 0, 255)
     tiles = tiles.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
     return tiles.reshape(rows * height, columns * width, 3)
 

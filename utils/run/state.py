@@ -3,16 +3,16 @@
 import importlib.metadata
 import platform
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import paddle
 
-from utils import distributed
 from utils.errors import UserError
 from utils.run.checkpoint import CheckpointWriter, Snapshot, find_checkpoint, load_checkpoint, read_meta
+from utils.weights.states import load_state
 
 if TYPE_CHECKING:
     from config import Config
@@ -127,13 +127,7 @@ def find_resume(config: "Config", expected: dict, num_images: int) -> dict | Non
     run_dir, resume = config.run.output, config.checkpoint.resume
     if resume == "never":
         return None
-    rank = distributed.get_rank()
-
-    def warn(message: str) -> None:
-        if rank == 0:
-            print(f"warning: {message}", flush=True)
-
-    path = find_checkpoint(run_dir, resume, warn)
+    path = find_checkpoint(run_dir, resume)
     if path is None:
         return None
     meta = read_meta(path)
@@ -145,10 +139,8 @@ def find_resume(config: "Config", expected: dict, num_images: int) -> dict | Non
             )
     now = config.model_dump(mode="json")
     then = {**now, **meta.get("config", {})}
-    images, start_anew = (
-        meta["run"]["num_samples"],
-        f"start anew from the weights: init.backbone={path} init.head={path}",
-    )
+    start_anew = f"start anew from the weights: init.backbone={path} init.head={path}"
+    images = meta["run"]["num_samples"]
     if images != num_images:
         places = [each["data"].get("list_file") or each["data"].get("root") for each in (then, now)]
         raise UserError(
@@ -188,18 +180,16 @@ def fit_batch(resume: dict | None, batch_size: int, accumulation: int, world_siz
     if resume is None:
         return batch_size, accumulation, None
     before, now = resume["run"]["global_batch"], batch_size * accumulation * world_size
-    ranks = f"{resume['world_size']} rank(s) then, {world_size} now"
     if before == now:
         return batch_size, accumulation, None
+    ranks = f"{resume['world_size']} rank(s) then, {world_size} now"
     if resume["world_size"] != world_size and before % world_size == 0:
         share = before // world_size
         largest = min(batch_size, share)
         fitting = [size for size in range(largest, (largest - 1) // 2, -1) if share % size == 0]
         if fitting:
-            note = (
-                f"global batch of {before} kept ({ranks}): batch_size {fitting[0]}, accumulation {share // fitting[0]}"
-            )
-            return fitting[0], share // fitting[0], note
+            size, times = fitting[0], share // fitting[0]
+            return size, times, f"global batch of {before} kept ({ranks}): batch_size {size}, accumulation {times}"
     note = f"global batch changes from {before} to {now} images ({ranks}); the schedule goes on at the same epoch"
     return batch_size, accumulation, note
 
@@ -237,37 +227,21 @@ def snapshot(run: Run) -> Snapshot:
 
 def restore(run: Run, meta: dict) -> None:
     """Put a run into the state of a checkpoint; every rank reads the class rows that are its own."""
-    loaded = load_checkpoint(meta["path"], run.head.shard.start, run.head.shard.num_local, meta)
-    load_layer(run.replica.backbone, loaded.shared["backbone"], meta["path"])
+    loaded = load_checkpoint(meta["path"], run.head.shard.start, run.head.shard.num_local)
+    load_state(run.replica.backbone, loaded.shared["backbone"], meta["path"], from_torch=False)
     run.replica.remember_statistics()
     run.optimizer.load_state(loaded.shared.get("optimizer", {}), meta["optimizer_updates"])
     run.head.load_state(loaded.rows, loaded.table, meta["head"])
-    if run.ema is not None:
-        if "ema" in loaded.shared:
-            run.ema.load_state(loaded.shared["ema"], meta["ema_updates"])
-        else:  # averaging switched on at the resume starts from the weights
-            run.ema.load_state(loaded.shared["backbone"], 0)
+    if run.ema is not None:  # switched on at the resume it starts from the weights
+        average = loaded.shared.get("ema", loaded.shared["backbone"])
+        run.ema.load_state(average, meta["ema_updates"] if "ema" in loaded.shared else 0)
     run.loader.load_state_dict(meta["loader"])
     run.used = None
     run.scaler.load_state(meta["scaler"])
     run.spikes.load_state(meta["spikes"])
-    for each in fields(Progress):
-        setattr(run.progress, each.name, meta["progress"][each.name])
-    run.progress.stopped_early = False
+    run.progress = Progress(**{**meta["progress"], "stopped_early": False})
     if Path(meta["path"]).resolve().parent == run.writer.folder.resolve():
         run.writer.last_step = meta["step"]  # a run that was over need not save again
-
-
-def load_layer(layer: paddle.nn.Layer, arrays: dict[str, np.ndarray], source: str) -> None:
-    """Every weight and statistic of ``layer`` by structural name; UserError names what is missing, odd or misshapen."""
-    own = layer.state_dict()
-    odd = sorted(set(own) ^ set(arrays))
-    if odd:
-        raise UserError(f"{source}: {len(odd)} names differ from this network's, the first is {odd[0]!r}")
-    for name, tensor in own.items():
-        if tuple(tensor.shape) != tuple(arrays[name].shape):
-            raise UserError(f"{source}: {name} has shape {list(arrays[name].shape)}, this network {list(tensor.shape)}")
-        tensor.set_value(arrays[name])
 
 
 def versions() -> dict[str, str]:

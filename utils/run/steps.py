@@ -1,5 +1,6 @@
 """What the training loop does around updates: fetch data, log, save. All ranks call each of these in step."""
 
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from utils.errors import UserError
 from utils.head.angles import AngleStats
 from utils.run.log import StepMetrics
 from utils.run.meters import Meter
-from utils.run.signals import StopSignal
 from utils.run.state import Batches, Run, snapshot
 from utils.system import peak_memory_mb
 
@@ -24,6 +24,28 @@ class Update:
     grad_norm: float
     skipped: bool
     angles: AngleStats | None = None
+
+
+class StopSignal:
+    """SIGTERM and SIGINT ask the run to save and end after the update at hand; as a context manager it puts back."""
+
+    def __init__(self):
+        self.received: str | None = None  # by this rank
+        self.agreed = False  # by all ranks, see fetch
+        self._before = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        # Paddle's launcher sends SIGTERM several times; every one means the same.
+        self.received = signal.Signals(number).name
 
 
 class Feed:
@@ -70,7 +92,7 @@ def fetch(run: Run, iterator: Iterator, stop: StopSignal, ahead: bool = False) -
     Args:
         ahead: an update is under way; these batches are for the one after it.
     """
-    micro, labels, keys, error, ended = [], [], [], None, False
+    micro, keys, error, ended = [], [], None, False
     num_classes, size = run.head.shard.num_classes, run.loader.batch_size
     start, asked = run.loader.state_dict(), time.monotonic()
     try:
@@ -85,7 +107,6 @@ def fetch(run: Run, iterator: Iterator, stop: StopSignal, ahead: bool = False) -
                     "set data.num_classes (or the data's property file) to the number of identities"
                 )
             micro.append((image_BCHW, label))
-            labels.append(label)
             keys.append(run.loader.last_keys)
     except StopIteration:
         ended = True
@@ -93,9 +114,10 @@ def fetch(run: Run, iterator: Iterator, stop: StopSignal, ahead: bool = False) -
         error = failure
     waited, writer = time.monotonic() - asked, run.writer
     message = np.zeros(4 + run.accumulation * size, np.int64)
-    message[:4] = error is not None, stop.received is not None, writer.failed, writer.pending
+    pending = writer.pending  # asked first: what fails between the two looks is told with the next message
+    message[:4] = error is not None, stop.received is not None, writer.failed, pending
     if error is None and not ended:
-        message[4:] = np.concatenate(labels)
+        message[4:] = np.concatenate([label for _, label in micro])
     table = distributed.gather_host(message)
     failed, stop.agreed, save_failed, saving = table[:, :4].any(axis=0).tolist()
     if failed:
@@ -105,9 +127,8 @@ def fetch(run: Run, iterator: Iterator, stop: StopSignal, ahead: bool = False) -
     if ended:
         return None
     draw = run.head.draw(np.split(table[:, 4:], run.accumulation, axis=1), ahead=int(ahead))
-    return Batches(
-        micro, draw=draw, keys=np.concatenate(keys), start=start, stop=run.loader.state_dict(), waited=waited
-    )
+    behind = run.loader.state_dict()
+    return Batches(micro, draw=draw, keys=np.concatenate(keys), start=start, stop=behind, waited=waited)
 
 
 def report_odd(run: Run, done: Update) -> None:
@@ -116,13 +137,12 @@ def report_odd(run: Run, done: Update) -> None:
     if not (spike or done.skipped):
         return
     keys = np.concatenate(distributed.all_gather_object(run.batch_keys)).tolist()
-    step = run.progress.step
-    what = "skipped" if done.skipped else "spike"
-    reason = "non-finite loss or gradient, update skipped" if done.skipped else f"running mean {run.spikes.mean:.3f}"
+    step, what, reason = run.progress.step, "spike", f"running mean {run.spikes.mean:.3f}"
+    if done.skipped:
+        what, reason = "skipped", "non-finite loss or gradient, update skipped"
     shown = ", ".join(map(str, keys[:8])) + (", ..." if len(keys) > 8 else "")
-    run.log.warning(
-        f"step {step}: loss {done.loss:.4g}, {reason}; records {shown} (all in metrics.jsonl)", first_rank=True
-    )
+    told = f"step {step}: loss {done.loss:.4g}, {reason}; records {shown} (all in metrics.jsonl)"
+    run.log.warning(told, first_rank=True)
     run.log.event(step, what, loss=done.loss, grad_norm=done.grad_norm, loss_scale=run.scaler.scale, records=keys)
 
 
@@ -173,10 +193,10 @@ def finish(run: Run, best: bool, stopped: bool) -> None:
         save(run, best, wait=True)
     run.log.event(step, "stopped" if stopped else "finished")
     output = run.config.run.output
+    told = f"finished after update {step}; weights: {output}/backbone.pdparams"
     if stopped:
-        run.log.info(f"stopped by a signal after update {step}; saved in {output}, go on with --resume")
-    else:
-        run.log.info(f"finished after update {step}; weights: {output}/backbone.pdparams")
+        told = f"stopped by a signal after update {step}; saved in {output}, go on with --resume"
+    run.log.info(told)
 
 
 def _finish_save(run: Run) -> None:

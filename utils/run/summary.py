@@ -11,9 +11,7 @@ def summarize(run, num_images: int, resume: dict | None) -> str:
     """Lines for the log; ``run`` is ``run_state.Run``."""
     config, head = run.config, run.head
     world_size = run.replica.world_size
-    weights = [p for name, p in run.replica.backbone.named_parameters() if not is_statistic(name)]
-    num_parameters = sum(math.prod(p.shape) for p in weights)
-    num_trained = sum(math.prod(p.shape) for p in weights if not p.stop_gradient)
+    num_parameters, num_trained = count_parameters(run.replica.backbone)
     slots = {"sgd": 1, "lars": 1, "adamw": 2}
     backbone_mb = 4 * (num_parameters + num_trained * (1 + slots[config.optim.name])) / 2**20
     head_mb = 4 * head.shard.num_local * head.embedding_size * (1 + slots[config.head_options()["optimizer"]]) / 2**20
@@ -51,9 +49,11 @@ def summarize(run, num_images: int, resume: dict | None) -> str:
     return "\n".join(["run:", *lines])
 
 
-def is_statistic(name: str) -> bool:
-    """Batch-norm running means and variances, which Paddle counts among the parameters."""
-    return name.rpartition(".")[2] in ("_mean", "_variance")
+def count_parameters(layer: paddle.nn.Layer) -> tuple[int, int]:
+    """Number of weights, and of those that are trained, as PyTorch counts them: without the running means and variances
+    of batch norms, which Paddle has among the parameters."""
+    own = [p for name, p in layer.named_parameters() if name.rpartition(".")[2] not in ("_mean", "_variance")]
+    return sum(math.prod(p.shape) for p in own), sum(math.prod(p.shape) for p in own if not p.stop_gradient)
 
 
 def _places(data) -> str:

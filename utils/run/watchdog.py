@@ -38,16 +38,9 @@ class Watchdog:
         on_end: called with the message before the process ends (to log it).
     """
 
-    def __init__(
-        self,
-        run_dir: str | Path,
-        rank: int,
-        world_size: int,
-        hang_timeout: float = 1800.0,
-        on_end: Callable[[str], None] | None = None,
-    ):
-        self.folder = Path(run_dir) / "heartbeat"
-        self.rank, self.world_size, self.hang_timeout, self.on_end = rank, world_size, hang_timeout, on_end
+    def __init__(self, run_dir: str | Path, hang_timeout: float, on_end: Callable[[str], None]):
+        self.folder, self.hang_timeout, self.on_end = Path(run_dir) / "heartbeat", hang_timeout, on_end
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
         self._phase, self._step, self._moved = "start", 0, time.monotonic()
         self._finished = threading.Event()
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> (counter, when it last changed)
@@ -123,9 +116,9 @@ class Watchdog:
         still = time.monotonic() - self._moved
         if self.hang_timeout and still > self.hang_timeout:
             # The others wait in a collective for the one that is behind.
-            own = {"step": self._step, "phase": self._phase}
-            states = {self.rank: own, **{rank: peer for rank, peer in peers.items() if peer}}
-            told = ", ".join(f"rank {r} in {s['phase']!r} at update {s['step']}" for r, s in sorted(states.items()))
+            states = {**peers, self.rank: {"step": self._step, "phase": self._phase}}
+            known = ((rank, state) for rank, state in sorted(states.items()) if state)
+            told = ", ".join(f"rank {rank} in {state['phase']!r} at update {state['step']}" for rank, state in known)
             return f"no update was finished for {still:.0f} s (run.hang_timeout={self.hang_timeout:g}): {told}"
         return None
 
@@ -141,8 +134,7 @@ class Watchdog:
         if "no update was finished" in problem:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         try:
-            if self.on_end is not None:
-                self.on_end(message)
+            self.on_end(message)
             release_all()
         finally:
             os._exit(EXIT_STATUS)

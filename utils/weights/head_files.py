@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
+from utils.weights.states import read_content
 
 SHARDS = (
     re.compile(r"checkpoint_gpu_(?P<rank>\d+)\.pt$"),
@@ -53,11 +54,14 @@ def read_head(path: str | Path) -> dict[str, np.ndarray]:
     shards = [_arrays(file) for file in _by_rank(path, pattern)]
     whole = [key for key in ("weight", "momentum") if all(key in shard for shard in shards)]
     head = {key: np.concatenate([shard[key] for shard in shards]) for key in whole}
-    _check_cut(path, [len(shard["weight"]) for shard in shards])
+    rows, world_size = [len(shard["weight"]) for shard in shards], len(shards)
+    expected = [sum(rows) // world_size + (rank < sum(rows) % world_size) for rank in range(world_size)]
+    if rows != expected:
+        told = f"shards of {rows} rows; {sum(rows)} classes on {world_size} ranks are cut as {expected}"
+        raise UserError(f"{path.parent}: {told}; is a shard missing or from another run?")
     momenta = [file for file in path.parent.iterdir() if MOMENTUM.search(file.name)]
     if pattern is SHARDS[1] and momenta:
-        parts = [_arrays(file)["weight"] for file in _by_rank(momenta[0], MOMENTUM)]
-        head["momentum"] = np.concatenate(parts)
+        head["momentum"] = np.concatenate([_arrays(file)["weight"] for file in _by_rank(momenta[0], MOMENTUM)])
     if "momentum" in head and head["momentum"].shape != head["weight"].shape:
         shapes = f"{list(head['momentum'].shape)} instead of {list(head['weight'].shape)}"
         raise UserError(f"{path}: the momentum is {shapes}; are files of two runs mixed?")
@@ -78,14 +82,6 @@ def _by_rank(path: Path, pattern: re.Pattern) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _check_cut(path: Path, rows: list[int]) -> None:
-    total, world_size = sum(rows), len(rows)
-    expected = [total // world_size + (rank < total % world_size) for rank in range(world_size)]
-    if rows != expected:
-        told = f"shards of {rows} rows; {total} classes on {world_size} ranks are cut as {expected}"
-        raise UserError(f"{path.parent}: {told}; is a shard missing or from another run?")
-
-
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """``weight`` and perhaps ``momentum`` of one file."""
     head = {key: value for key, value in _content(path).items() if isinstance(value, np.ndarray)}
@@ -99,14 +95,11 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _content(path: Path) -> dict[str, np.ndarray | None]:
-    suffix = path.suffix.lower()
-    if suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         try:
             return {"weight": np.load(path, allow_pickle=False)}
         except ValueError as error:
             raise UserError(f"{path}: not an array of numbers ({error})") from None
-    from utils.weights.states import read_content
-
     content = read_content(path)
     if isinstance(content, dict) and any(str(key).startswith("rows/") for key in content):  # a shard of ours
         content = {key.partition("/")[2]: value for key, value in content.items() if key.startswith("rows/")}

@@ -35,7 +35,13 @@ def load_initial(
         state = read_state(path)
         load_state(backbone, state, path, is_torch_spelling(state) or is_torch_file(path))
     if head_path is not None and head_path not in missing:
-        _load_head(head, Path(head_path))
+        if not Path(head_path).exists():
+            raise UserError(f"init.head: {head_path}: no such file")
+        weight, shape = read_head(head_path)["weight"], (head.shard.num_classes, head.embedding_size)
+        if weight.shape != shape:
+            told = f"class centres of shape {list(shape)} were expected, found {list(weight.shape)}"
+            raise UserError(f"init.head: {head_path}: {told}")
+        head.weight.set_value(np.ascontiguousarray(weight[head.shard.start : head.shard.stop]))
     for prefix in freeze:
         named = [p for name, p in backbone.named_parameters() if name == prefix or name.startswith(prefix + ".")]
         if not named:
@@ -47,14 +53,3 @@ def load_initial(
             if name == prefix or name.startswith(prefix + "."):
                 part.eval()  # a frozen stage keeps its batch-norm statistics too
     return f"init.optional: {', '.join(missing)} is not there; starting from random weights" if missing else None
-
-
-def _load_head(head, path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"init.head: {path}: no such file")
-    weight = read_head(path)["weight"]
-    shape = (head.shard.num_classes, head.embedding_size)
-    if weight.shape != shape:
-        found = list(weight.shape)
-        raise UserError(f"init.head: {path}: class centres of shape {list(shape)} were expected, found {found}")
-    head.weight.set_value(np.ascontiguousarray(weight[head.shard.start : head.shard.stop]))

@@ -46,8 +46,9 @@ class Graph:
         self.nodes = []
         for node in graph.node:
             if node.op_type == "Constant":
-                self._add_constant(node, numpy_helper)
-            elif not self._fold(node, numpy_helper):
+                if (value := self.attributes(node).get("value")) is not None:
+                    self.constants[node.output[0]] = numpy_helper.to_array(value)
+            elif not self._fold(node):
                 self.nodes.append(node)
                 for value in dict.fromkeys(node.input):
                     self.users.setdefault(value, []).append(node)
@@ -81,18 +82,13 @@ class Graph:
         return next((node for node in self.following(value)[1] if node.op_type in kinds), None)
 
     def take(self, value: str, *kinds: str):
-        """As ``need``; marks it as walked."""
-        node = self.need(value, *kinds)
-        self.visited.add(id(node))
-        return node
-
-    def need(self, value: str, *kinds: str):
-        """As ``peek``, but it must be there."""
+        """As ``peek``, but it must be there; marks it as walked."""
         node = self.peek(value, *kinds)
         if node is None:
             found = ", ".join(node.op_type for node in self.following(value)[1]) or "the end of the graph"
             told = f"expected {' or '.join(kinds)} after {value!r}, found {found}"
             raise UserError(f"{self.path}: {told}; the graph is neither an iResNet nor a MobileFaceNet")
+        self.visited.add(id(node))
         return node
 
     def constant(self, node, position: int) -> np.ndarray:
@@ -102,12 +98,7 @@ class Graph:
             raise UserError(f"{self.path}: input {position} of {node.op_type} {node.name!r} is no constant")
         return np.asarray(self.constants[name], np.float32)
 
-    def _add_constant(self, node, numpy_helper) -> None:
-        value = self.attributes(node).get("value")
-        if value is not None:
-            self.constants[node.output[0]] = numpy_helper.to_array(value)
-
-    def _fold(self, node, numpy_helper) -> bool:
+    def _fold(self, node) -> bool:
         """Compute a node that only rearranges constants; False if it is not one."""
         if not node.input or node.input[0] not in self.constants:
             return False
@@ -140,7 +131,6 @@ def read_onnx(path: str | Path) -> State:
     value, scale = _pixel_scaling(graph)
     value = _channels_first(graph, value)
     state: State = {}
-    graph.need(value, "Conv")
     if any(graph.attributes(node).get("group", 1) > 1 for node in graph.nodes if node.op_type == "Conv"):
         value = _walk_mobilefacenet(graph, value, state)
         stem = "layers.0.layers.0.weight"
@@ -150,9 +140,7 @@ def read_onnx(path: str | Path) -> State:
     state[stem] = state[stem] * np.float32(scale)
     if state[stem].shape[1] not in (1, 3):
         raise UserError(f"{path}: takes images of {state[stem].shape[1]} channels; RGB (3) or grey (1) is needed")
-    while graph.peek(value, *SHAPES) is not None:  # [B, D, 1, 1], say
-        value = graph.take(value, *SHAPES).output[0]
-    value, users = graph.following(value)
+    value, users = graph.following(_flattened(graph, value))
     if users or value not in graph.outputs:
         what = users[0].op_type if users else "another output"
         raise UserError(f"{path}: after the embedding comes {what}; only the raw embedding can be taken over")
@@ -236,15 +224,14 @@ def _linear(graph: Graph, value: str, name: str, state: State, with_bias: bool) 
     node = graph.take(value, "Gemm", "MatMul")
     weight, bias, value = graph.constant(node, 1), None, node.output[0]
     attributes = graph.attributes(node)
-    if attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0 or attributes.get("transA", 0):
+    if (attributes.get("alpha", 1.0), attributes.get("beta", 1.0), attributes.get("transA", 0)) != (1.0, 1.0, 0):
         raise UserError(f"{graph.path}: Gemm {node.name!r} with alpha, beta or transA is not known")
     if node.op_type == "Gemm":
         weight = weight if attributes.get("transB", 0) else weight.T
         bias = graph.constant(node, 2) if len(node.input) > 2 else None
     else:
         weight = weight.T
-        add = graph.peek(value, "Add")
-        if add is not None:
+        if (add := graph.peek(value, "Add")) is not None:
             graph.visited.add(id(add))
             bias = graph.constant(add, 1 if add.input[1] in graph.constants else 0)
             value = add.output[0]
@@ -290,11 +277,6 @@ def _second_conv(graph: Graph, conv1):
 
 def _walk_mobilefacenet(graph: Graph, value: str, state: State) -> str:
     position, residuals, pending = 0, 0, []  # ``pending``: convolutions since the last bottleneck ended
-
-    def store(node, name: str) -> str:
-        after = _conv(graph, node, f"{name}.layers.0", f"{name}.layers.1", state)
-        return _prelu(graph, after, f"{name}.layers.2", state) if graph.peek(after, "PRelu") else after
-
     while True:
         start, scratch = value, {}
         pending.append(graph.take(value, "Conv"))
@@ -302,24 +284,23 @@ def _walk_mobilefacenet(graph: Graph, value: str, state: State) -> str:
         if graph.peek(value, "PRelu"):
             value = graph.take(value, "PRelu").output[0]
             continue
-        if graph.peek(value, "Flatten", "Reshape", "Squeeze", "Gemm", "MatMul") or _covers_the_map(graph, pending[-1]):
+        if graph.peek(value, *SHAPES, "Gemm", "MatMul") or _covers_the_map(graph, pending[-1]):
             break
         if position == 0 and len(pending) == 2:  # a first stage without activation
-            pending = _first_stage(graph, pending, state)
-            position = 2
+            _first_stage(graph, pending, state)
+            pending, position = [], 2
             continue
-        alone, bottleneck = pending[:-3], pending[-3:]
-        pending = []
+        alone, bottleneck, pending = pending[:-3], pending[-3:], []
         if position == 0 and len(alone) == 2:
-            alone = _first_stage(graph, alone, state)
-            position = 2
+            _first_stage(graph, alone, state)
+            alone, position = [], 2
         add = graph.peek(value, "Add")
         if add is not None and bottleneck[0].input[0] not in add.input:
             add = None  # the sum at the end of the next bottleneck, which starts here
         if residuals and (alone or add is None):
             position, residuals = position + 1, 0
         for node in alone:
-            store(node, f"layers.{position}")
+            _conv_prelu(graph, node, f"layers.{position}", state)
             position += 1
         prefix = f"layers.{position}"
         if add is not None:
@@ -327,15 +308,15 @@ def _walk_mobilefacenet(graph: Graph, value: str, state: State) -> str:
             residuals += 1
             value = graph.take(value, "Add").output[0]
         for number, node in enumerate(bottleneck):
-            store(node, f"{prefix}.layers.{number}")
+            _conv_prelu(graph, node, f"{prefix}.layers.{number}", state)
         if add is None:
             position += 1
     if len(pending) != 2:
         raise UserError(f"{graph.path}: {len(pending)} convolutions before the embedding {start!r}; 2 expected")
-    store(pending[0], "conv_sep")
-    value = store(pending[1], "features.layers.0")
+    _conv_prelu(graph, pending[0], "conv_sep", state)
+    value = _conv_prelu(graph, pending[1], "features.layers.0", state)
     value, bias, channels = _linear(graph, value, "features.layers.2", state, with_bias=False)
-    return _flattened(graph, _batch_norm(graph, _flattened(graph, value), "features.layers.3", state, bias, channels))
+    return _batch_norm(graph, _flattened(graph, value), "features.layers.3", state, bias, channels)
 
 
 def _covers_the_map(graph: Graph, node) -> bool:
@@ -345,22 +326,25 @@ def _covers_the_map(graph: Graph, node) -> bool:
     return depthwise and weight.shape[-1] > 1 and not any(attributes.get("pads", [0]))
 
 
-def _first_stage(graph: Graph, nodes: list, state: State) -> list:
+def _conv_prelu(graph: Graph, node, name: str, state: State) -> str:
+    """A layer of a MobileFaceNet: a convolution (``node``), its batch norm, an activation if there is one."""
+    after = _conv(graph, node, f"{name}.layers.0", f"{name}.layers.1", state)
+    return _prelu(graph, after, f"{name}.layers.2", state) if graph.peek(after, "PRelu") else after
+
+
+def _first_stage(graph: Graph, nodes: list, state: State) -> None:
     """Store stem and first stage: one or two channels a group; without an activation it gets one of slope 1."""
     for number, node in enumerate(nodes):
-        name = f"layers.{number}"
-        after = _conv(graph, node, f"{name}.layers.0", f"{name}.layers.1", state)
-        if graph.peek(after, "PRelu"):
-            _prelu(graph, after, f"{name}.layers.2", state)
-        elif number == 1:
-            state[f"{name}.layers.2.weight"] = np.ones(len(state[f"{name}.layers.0.weight"]), np.float32)
+        _conv_prelu(graph, node, f"layers.{number}", state)
     shape = state["layers.1.layers.0.weight"].shape
+    state.setdefault("layers.1.layers.2.weight", np.ones(shape[0], np.float32))
     if shape[1] not in (1, 2) or shape[2:] != (3, 3):
         told = f"Conv {nodes[1].name!r} of shape {list(shape)} as the first stage of a MobileFaceNet"
         raise UserError(f"{graph.path}: {told}; known are 3x3 with one or two channels a group")
-    return []
 
 
 def _flattened(graph: Graph, value: str) -> str:
-    kinds = ("Flatten", "Reshape", "Squeeze")
-    return value if graph.peek(value, *kinds) is None else graph.take(value, *kinds).output[0]
+    """Behind the nodes that only change the shape of an embedding, [B, D, 1, 1] say."""
+    while graph.peek(value, *SHAPES) is not None:
+        value = graph.take(value, *SHAPES).output[0]
+    return value

@@ -31,8 +31,8 @@ MAX_NESTING = 64
 MAX_READS = 1 << 24  # an opcode of one byte may make an object of 64
 MAX_DIGITS = 640  # of numbers written as text, whose parsing takes the square of it
 LARGEST_KEY = 1 << 60  # larger integers can be chosen to have one hash
-DAMAGE = (pickle.UnpicklingError, ValueError, TypeError, LookupError, struct.error, OverflowError, AttributeError,
-          EOFError, RecursionError)  # fmt: skip
+_CUT = (pickle.UnpicklingError, struct.error, EOFError)
+DAMAGE = (*_CUT, ValueError, TypeError, LookupError, OverflowError, AttributeError, RecursionError)
 
 
 class UnsafePickleError(UserError):

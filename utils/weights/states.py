@@ -5,7 +5,6 @@ our files use, and PyTorch's (``bn1.running_mean``, ``num_batches_tracked``, lin
 are linear weights is asked of the layer, not guessed from shapes: a square matrix is transposed like any other.
 """
 
-import json
 import os
 import struct
 import sys
@@ -13,10 +12,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from utils.errors import UserError
 from utils.files import written_whole
-from utils.weights.safe_pickle import Name
+from utils.weights.onnx_walk import read_onnx
+from utils.weights.safe_pickle import Name, load_weights_pickle
+from utils.weights.torch_pickle import load_torch
 
 TORCH = (".pt", ".pth", ".ckpt", ".tar")
 RENAMED = {"running_mean": "_mean", "running_var": "_variance"}  # PyTorch -> Paddle, last part of a name
@@ -38,8 +41,6 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
     if path.suffix.lower() == ".onnx":
-        from utils.weights.onnx_walk import read_onnx
-
         return read_onnx(path)
     return backbone_part(read_content(path), path)
 
@@ -49,13 +50,7 @@ def read_content(path: str | Path) -> object:
     kind = _kind(path)
     if kind == "safetensors":
         return read_safetensors(path)
-    if kind == "torch":
-        from utils.weights.torch_pickle import load_torch
-
-        return load_torch(path)
-    from utils.weights.safe_pickle import load_weights_pickle
-
-    return load_weights_pickle(path)
+    return load_torch(path) if kind == "torch" else load_weights_pickle(path)
 
 
 def is_torch_file(path: str | Path) -> bool:
@@ -76,8 +71,8 @@ def _kind(path: str | Path) -> str:
 
 
 _TORCH_STREAM = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-_NESTED = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict", "model", "net", "network", "params",
-           "weights")  # fmt: skip
+_STATES = ("state_dict_backbone", "backbone", "state_dict", "model_state_dict")
+_NESTED = (*_STATES, "model", "net", "network", "params", "weights")
 _STEMS = ("conv1.weight", "layers.0.layers.0.weight", "patch_embed.proj.weight")  # the first tensor of our families
 
 
@@ -109,10 +104,14 @@ def backbone_part(content: object, path: str | Path) -> dict[str, np.ndarray]:
             raise UserError(f"{path}: {found}; where it was trained, save the state with plain tensors")
     beside = [name for name in state if not name.startswith(prefix)]
     if beside and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
-        told = f"{path}: passed over beside the backbone ({prefix}*): {', '.join(beside[:3])}{more}"
+        told = f"{path}: passed over beside the backbone ({prefix}*): {_first(3, beside)}"
         print(told, file=sys.stderr, flush=True)
     return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _first(count: int, names: list[str]) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def _prefix(state: Collection[str]) -> str:
@@ -181,20 +180,16 @@ def load_state(layer, state: dict[str, np.ndarray], source: str | Path, from_tor
     Raises:
         UserError: one line naming ``source`` and what is missing, left over or of another shape.
     """
-    own = layer.state_dict()
-    state = paddle_spelling(layer, state, from_torch)
-    problems = []
-    missing = [name for name in own if name not in state]
-    extra = [name for name in state if name not in own]
-    wrong = [
-        f"{name} is {list(state[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in state and list(state[name].shape) != list(own[name].shape)
-    ]
-    for label, names in (("missing", missing), ("left over", extra), ("shape", wrong)):
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            problems.append(f"{label}: {', '.join(names[:4])}{more}")
+    own, state = layer.state_dict(), paddle_spelling(layer, state, from_torch)
+    shapes = {name: (list(state[name].shape), list(own[name].shape)) for name in own if name in state}
+    misfits = {
+        "missing": [name for name in own if name not in state],
+        "left over": [name for name in state if name not in own],
+        "shape": [
+            f"{name} is {found} instead of {wanted}" for name, (found, wanted) in shapes.items() if found != wanted
+        ],
+    }
+    problems = [f"{label}: {_first(4, names)}" for label, names in misfits.items() if names]
     if problems:
         raise UserError(f"{source} does not fit {type(layer).__name__}: {'; '.join(problems)}")
     for name, tensor in own.items():
@@ -222,10 +217,7 @@ def _linear_weights(layer) -> set[str]:
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     """Every array of a safetensors file; a damaged one is a ``UserError``."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
         return load_file(path)
-    except (SafetensorError, ValueError, struct.error, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, struct.error) as error:
         raise UserError(f"{path}: damaged safetensors file ({error})") from None

@@ -30,6 +30,7 @@ from utils.weights.safe_pickle import (
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the layout before 1.6
 STREAM_PROTOCOL = 1001
+BIG_ENDIAN = "written on a big-endian machine; save it again on another"
 BFLOAT16 = "bfloat16"  # numpy has no such type: widened to float32
 DTYPES = {
     "FloatStorage": "float32",
@@ -204,7 +205,7 @@ def _load_zip(path: Path) -> object:
                 raise UnsafePickleError(f"{path}: {name} cannot be read ({error}): damaged archive") from None
 
         if root + "byteorder" in entries and read("byteorder") != b"little":
-            raise UnsafePickleError(f"{path}: written on a big-endian machine; save it again on another")
+            raise UnsafePickleError(f"{path}: {BIG_ENDIAN}")
         unpickler = _TorchUnpickler(path, read("data.pkl"))
         value = unpickler.load()
         arrays = {key: storage.values(read(f"data/{key}")) for key, storage in unpickler.storages.items()}
@@ -218,7 +219,7 @@ def _load_stream(path: Path) -> object:
             raise UnsafePickleError(f"{path}: not a file of torch.save ({what} not found)")
     system = unpickler.load()
     if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise UnsafePickleError(f"{path}: written on a big-endian machine; save it again on another")
+        raise UnsafePickleError(f"{path}: {BIG_ENDIAN}")
     value, keys = unpickler.load(), unpickler.load()
     arrays = {}
     for key in keys:
