@@ -45,7 +45,7 @@ from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import file_digest, write_json
 from utils.launch import launch_command, rank_environment
 from utils.run.checkpoint import list_checkpoints, read_meta
-from utils.system import BF16_CAPABILITY, gpu_capability, num_devices, peak_memory_mb, pick_device
+from utils.system import BF16_CAPABILITY, device_counts, gpu_capability, peak_memory_mb, pick_device
 from utils.weights.states import save_pdparams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -479,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"no usable GPU ({built}); install paddlepaddle-gpu on a machine with one, or --device cpu")
     if not args.minutes > 0:
         raise UserError(f"--minutes {args.minutes:g}: must be above 0")
-    count = 2 if device == "cpu" else max(1, num_devices(device))
+    count = 2 if device == "cpu" else device_counts()[device]
     sizes = SMALL if args.small or device == "cpu" else FULL
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
         checker = Checker(device, sizes, Path(folder), args.output, args.minutes)

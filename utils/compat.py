@@ -39,25 +39,20 @@ def momentum_step(weight, gradient, velocity, lr_1, *, momentum: float, decay: f
     paddle._C_ops.momentum_(weight, gradient, velocity, lr_1, None, momentum, nesterov, rule, decay, False, 1.0)
 
 
-def momentum_steps(
-    weights: list,
-    gradients: list,
-    velocities: list,
-    lr_1: paddle.Tensor,
-    *,
-    momentum: float,
-    decays: list[float],
-    nesterov: bool = False,
-) -> None:
-    """``momentum_step`` of many tensors of one dtype: in one kernel where the device has it."""
+def _merged_momentum(weights, gradients, velocities, lr_1, *, momentum: float, decays: list, nesterov: bool) -> None:
+    rules, lrs = ["l2_decay" if decay else "" for decay in decays], [lr_1]
+    rest = (momentum, nesterov, rules, decays, False, 1.0)
+    paddle._C_ops.merged_momentum_(weights, gradients, velocities, lrs, None, *rest)
+
+
+def momentum_steps(weights, gradients, velocities, lr_1, *, momentum: float, decays: list, nesterov: bool) -> None:
+    """``momentum_step`` of lists of tensors of one dtype: in one kernel where the device has it."""
+    lists = (weights, gradients, velocities)
     if has_merged_momentum(paddle.get_device()):
-        rules = ["l2_decay" if decay else "" for decay in decays]
-        paddle._C_ops.merged_momentum_(
-            weights, gradients, velocities, [lr_1], None, momentum, nesterov, rules, decays, False, 1.0
-        )
+        _merged_momentum(*lists, lr_1, momentum=momentum, decays=decays, nesterov=nesterov)
         return
-    for weight, gradient, velocity, decay in zip(weights, gradients, velocities, decays, strict=True):
-        momentum_step(weight, gradient, velocity, lr_1, momentum=momentum, decay=decay, nesterov=nesterov)
+    for *tensors, decay in zip(*lists, decays, strict=True):
+        momentum_step(*tensors, lr_1, momentum=momentum, decay=decay, nesterov=nesterov)
 
 
 @functools.cache
@@ -67,33 +62,19 @@ def has_merged_momentum(device: str) -> bool:
         return True
     weight, velocity = paddle.ones([1]), paddle.ones([1])
     try:
-        paddle._C_ops.merged_momentum_(
-            [weight], [weight.clone()], [velocity], [paddle.full([1], 0.5)], None, 0.5, False, [""], [0.0], False, 1.0
-        )
+        lr_1 = paddle.full([1], 0.5)
+        _merged_momentum([weight], [weight.clone()], [velocity], lr_1, momentum=0.5, decays=[0.0], nesterov=False)
     except (ValueError, RuntimeError):
         return False
     return weight.item() == 0.25 and velocity.item() == 1.5
 
 
-def adamw_step(
-    weight: paddle.Tensor,
-    gradient: paddle.Tensor,
-    lr_1: paddle.Tensor,
-    slots: dict[str, paddle.Tensor],
-    *,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-    decay: float,
-) -> None:
+def adamw_step(weight, gradient, lr_1, slots: dict, *, betas: tuple, epsilon: float, decay: float) -> None:
     """AdamW of one tensor in place; ``slots``: moment1, moment2, beta1_pow_acc, beta2_pow_acc."""
-    third = [None] if paddle_version() >= (3, 0) else []
-    more = [False] if third else []
-    paddle._C_ops.adamw_(
-        weight, gradient, lr_1, slots["moment1"], slots["moment2"], *third, slots["beta1_pow_acc"],
-        slots["beta2_pow_acc"], None, None, beta1, beta2, epsilon, 1.0, decay, decay != 0, False, 1000, False, False,
-        *more,
-    )  # fmt: skip
+    third, amsgrad = ([None], [False]) if paddle_version() >= (3, 0) else ([], [])
+    moments, powers = (slots["moment1"], slots["moment2"], *third), (slots["beta1_pow_acc"], slots["beta2_pow_acc"])
+    rest = (*betas, epsilon, 1.0, decay, decay != 0, False, 1000, False, False, *amsgrad)
+    paddle._C_ops.adamw_(weight, gradient, lr_1, *moments, *powers, None, None, *rest)
 
 
 def scale_all(tensors: list, factor: float) -> None:

@@ -57,11 +57,8 @@ def init(device: str = "cpu") -> str:
         UserError: Paddle has no such device here, or no machine code for it.
     """
     device = pick_device(device)
-    if device == "cpu":
-        paddle.set_device("cpu")
-    else:
-        selected = os.environ.get(f"FLAGS_selected_{device}s", "0").split(",")[0]
-        paddle.set_device(f"{device}:{selected}")
+    selected = os.environ.get(f"FLAGS_selected_{device}s", "0").split(",")[0]
+    paddle.set_device("cpu" if device == "cpu" else f"{device}:{selected}")
     if device == "gpu":
         problem = without_machine_code(gpu_capability(), paddle.__version__, str(paddle.version.cuda()))
         if problem:
@@ -123,14 +120,18 @@ def gather_host(values: np.ndarray) -> np.ndarray:
     return shared.numpy()
 
 
-def all_reduce_sum(tensor: paddle.Tensor) -> paddle.Tensor:
+def all_reduce_sum(tensor: paddle.Tensor, operation: int = dist.ReduceOp.SUM) -> paddle.Tensor:
     """Element-wise sum over ranks, as a new tensor of the same shape and dtype."""
-    return _all_reduce(tensor, dist.ReduceOp.SUM)
+    if get_world_size() == 1:
+        return tensor.detach()
+    output = tensor.detach().clone()
+    dist.all_reduce(output, op=operation)
+    return output
 
 
 def all_reduce_max(tensor: paddle.Tensor) -> paddle.Tensor:
     """Element-wise maximum over ranks, as a new tensor of the same shape and dtype."""
-    return _all_reduce(tensor, dist.ReduceOp.MAX)
+    return all_reduce_sum(tensor, dist.ReduceOp.MAX)
 
 
 def all_gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -143,10 +144,7 @@ def all_gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
 
 
 def reduce_scatter_rows(tensor: paddle.Tensor) -> paddle.Tensor:
-    """[W*B, ...] on every rank -> this rank's [B, ...] rows of the sum over ranks.
-
-    NCCL does it in one collective; gloo has none, so the sum is taken whole and cut.
-    """
+    """[W*B, ...] on every rank -> this rank's [B, ...] rows of the sum over ranks."""
     world_size = get_world_size()
     if world_size == 1:
         return tensor.detach()
@@ -157,17 +155,7 @@ def reduce_scatter_rows(tensor: paddle.Tensor) -> paddle.Tensor:
         output = paddle.empty([num_rows, *tensor.shape[1:]], dtype=tensor.dtype)
         dist.reduce_scatter(output, tensor.detach().contiguous())
         return output
-    start = get_rank() * num_rows
-    return all_reduce_sum(tensor)[start : start + num_rows]
-
-
-def broadcast(tensor: paddle.Tensor, src: int = 0) -> paddle.Tensor:
-    """``tensor`` of rank ``src`` on every rank, as a new tensor; shapes and dtypes must agree."""
-    if get_world_size() == 1:
-        return tensor.detach()
-    output = tensor.detach().clone()
-    dist.broadcast(output, src=src)
-    return output
+    return all_reduce_sum(tensor)[get_rank() * num_rows :][:num_rows]  # gloo has no such collective
 
 
 def sum_figures(values: list, along: paddle.Tensor | None = None) -> tuple[paddle.Tensor, paddle.Tensor | None]:
@@ -219,8 +207,6 @@ def barrier() -> None:
 
 def agree(*flags: bool) -> tuple[bool, ...]:
     """Each flag is true on every rank if it is on one; one collective for all of them. All ranks call it."""
-    if get_world_size() == 1:
-        return tuple(bool(flag) for flag in flags)
     return tuple(gather_host([int(bool(flag)) for flag in flags]).any(axis=0).tolist())
 
 
@@ -245,20 +231,9 @@ def raise_together(error: Exception | None) -> None:
     A failing rank raises its own error. The others raise a ``UserError`` that names the rank and repeats its message,
     instead of waiting in the next collective for a process that is gone.
     """
-    if get_world_size() == 1:
-        messages = [None]
-    else:
-        messages = all_gather_object(None if error is None else str(error)) if agree(error is not None)[0] else [None]
+    messages = all_gather_object(None if error is None else str(error)) if agree(error is not None)[0] else []
     if error is not None:
         raise error
     for rank, message in enumerate(messages):
         if message is not None:
             raise UserError(f"rank {rank} failed: {message}")
-
-
-def _all_reduce(tensor: paddle.Tensor, operation: int) -> paddle.Tensor:
-    if get_world_size() == 1:
-        return tensor.detach()
-    output = tensor.detach().clone()
-    dist.all_reduce(output, op=operation)
-    return output

@@ -15,8 +15,6 @@ It holds on shared storage (NFS), without locks of the file system and without c
 - Where process numbers mean the same (one boot of one machine, one PID namespace), an owner is dead as soon as its
   process is gone or started at another time than it wrote. Elsewhere it is dead when its claim has not moved for
   ``STALE`` seconds of the observer's own clock.
-
-The standard library alone.
 """
 
 import atexit
@@ -61,10 +59,8 @@ class Claim:
 class Owner(contextlib.AbstractContextManager):
     """A folder claimed by this process, until ``release`` or its end; also a context manager. See ``claim``."""
 
-    def __init__(self, folder: Path, number: int, mine: Claim, made_folder: bool, name: str):
-        self.folder, self.claim = folder, mine
-        self.path = folder / f"{name}_{number}.json"
-        self._name, self._made_folder = name, made_folder
+    def __init__(self, path: Path, mine: Claim, made_folder: bool):
+        self.path, self.folder, self.claim, self._made_folder = path, path.parent, mine, made_folder
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
         self._thread.start()
@@ -101,7 +97,8 @@ class Owner(contextlib.AbstractContextManager):
     def _write_again(self) -> None:
         """Someone removed the claim. If another has the folder now, two would write: this process ends."""
         try:
-            others = [claim for _, claim in _claims(self.folder, self._name) if claim != self.claim]
+            name = self.path.stem.rpartition("_")[0]
+            others = [claim for claim in _claims(self.folder, name).values() if claim != self.claim]
             if not others:
                 _create(self.path, self.claim)
                 return
@@ -114,8 +111,7 @@ class Owner(contextlib.AbstractContextManager):
 
 
 def claim(folder: str | Path, remedy: str = "name another folder", name: str = "owner") -> Owner:
-    """Claim a folder for this process; it is made if it is missing. An owner that is dead is followed at once, or after
-    ``STALE`` seconds where only its claim can tell.
+    """Claim a folder for this process; it is made if it is missing.
 
     Args:
         remedy: the end of the message for a folder that is in use.
@@ -137,23 +133,21 @@ def claim(folder: str | Path, remedy: str = "name another folder", name: str = "
         since=time.strftime("%Y-%m-%d %H:%M:%S"),
         token=secrets.token_hex(8),
     )
-    dead: list[tuple[int, Claim | None]] = []
+    dead: list[tuple[Path, Claim | None]] = []
     for _ in range(_ATTEMPTS):
         found = _claims(folder, name)
-        for number, other in found:
-            path = folder / f"{name}_{number}.json"
-            if (number, other) not in dead and not _is_dead(path, other):
+        for path, other in found.items():
+            if (path, other) not in dead and not _is_dead(path, other):
                 told = f"{folder}: in use by {_describe(other)}, {path}"
                 raise UserError(f"{told}; wait until it ends, end it, or {remedy}")
-            dead.append((number, other))
-        number = max((n for n, _ in found), default=0) + 1
-        path = folder / f"{name}_{number}.json"
+            dead.append((path, other))
+        path = folder / f"{name}_{max(map(_number, found), default=0) + 1}.json"
         if _create(path, mine):
-            beside = [each for each in _claims(folder, name) if each[0] != number]
-            if all(each in dead for each in beside):
-                for n, _ in beside:
-                    (folder / f"{name}_{n}.json").unlink(missing_ok=True)
-                return Owner(folder, number, mine, made_folder, name)
+            beside = {other: claim for other, claim in _claims(folder, name).items() if other != path}
+            if all(each in dead for each in beside.items()):
+                for other in beside:
+                    other.unlink(missing_ok=True)
+                return Owner(path, mine, made_folder)
             path.unlink(missing_ok=True)
         time.sleep(random.uniform(0.05, 0.5))  # different lengths, so that two do not meet again
     raise UserError(f"{folder}: several processes try to claim it at this moment; start one of them, or {remedy}")
@@ -201,20 +195,21 @@ def _started(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _claims(folder: Path, name: str) -> list[tuple[int, Claim | None]]:
-    """(number, claim) in order; None where the file is cut or is no claim."""
-    found = []
-    for path in folder.iterdir():
-        match = re.fullmatch(rf"{re.escape(name)}_(\d{{1,9}})\.json", path.name)
-        if match is None:
-            continue
+def _number(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _claims(folder: Path, name: str) -> dict[Path, Claim | None]:
+    """Path -> claim by number; None where the file is cut or is no claim."""
+    pattern, found = re.compile(rf"{re.escape(name)}_\d{{1,9}}\.json"), {}
+    for path in sorted((path for path in folder.iterdir() if pattern.fullmatch(path.name)), key=_number):
         try:
-            found.append((int(match[1]), Claim(**json.loads(path.read_text(encoding="utf-8")))))
+            found[path] = Claim(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:  # released between the two looks
             continue
         except (ValueError, TypeError):
-            found.append((int(match[1]), None))
-    return sorted(found, key=lambda pair: pair[0])
+            found[path] = None
+    return found
 
 
 def _create(path: Path, mine: Claim) -> bool:

@@ -72,19 +72,21 @@ def gpu_capability() -> tuple[int, int] | None:
     return paddle.device.cuda.get_device_capability(place) if place.startswith("gpu") else None
 
 
-def available_devices() -> tuple[str, ...]:
-    """Device types that the installed Paddle can use on this machine, the one that ``auto`` takes first.
+def device_counts() -> dict[str, int]:
+    """How many devices of each type the installed Paddle finds on this machine, the type that ``auto`` takes first.
 
-    GPUs and XPUs that this build is for and finds, then the types of device plug-ins (``npu``, ...), then the CPU.
+    GPUs and XPUs that this build is for, then the types of device plug-ins (``npu``, ...), then the CPU, which is one.
     """
     import paddle
 
-    device, found = paddle.device, []
-    if device.is_compiled_with_cuda() and device.cuda.device_count() > 0:
-        found.append("gpu")
-    if device.is_compiled_with_xpu() and paddle.base.core.get_xpu_device_count() > 0:
-        found.append("xpu")
-    return (*found, *(device.get_all_custom_device_type() or ()), "cpu")
+    device = paddle.device
+    counts = {
+        "gpu": device.cuda.device_count() if device.is_compiled_with_cuda() else 0,
+        "xpu": paddle.base.core.get_xpu_device_count() if device.is_compiled_with_xpu() else 0,
+        **collections.Counter(each.split(":")[0] for each in device.get_available_custom_device() or ()),
+        "cpu": 1,
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def pick_device(name: str = "auto") -> str:
@@ -93,28 +95,17 @@ def pick_device(name: str = "auto") -> str:
     Raises:
         UserError: Paddle has no such device here.
     """
-    available = available_devices()
-    if name == "auto":
-        return available[0]
-    if name not in available:
-        import paddle
-
-        raise UserError(
-            f"device {name!r} asked for (run.device, --device), but the installed paddle {paddle.__version__} finds "
-            f"{', '.join(available)} here; choose one of these or install the paddle build for {name}"
-        )
-    return name
-
-
-def num_devices(name: str) -> int:
-    """How many of a type of accelerator this machine has; 0 for the CPU."""
     import paddle
 
-    if name == "gpu":
-        return paddle.device.cuda.device_count()
-    if name == "xpu":
-        return paddle.base.core.get_xpu_device_count()
-    return sum(each.split(":")[0] == name for each in paddle.device.get_available_custom_device() or ())
+    found = tuple(device_counts())
+    if name == "auto":
+        return found[0]
+    if name not in found:
+        raise UserError(
+            f"device {name!r} asked for (run.device, --device), but the installed paddle {paddle.__version__} finds "
+            f"{', '.join(found)} here; choose one of these or install the paddle build for {name}"
+        )
+    return name
 
 
 def on_cpu() -> bool:
@@ -160,10 +151,8 @@ def available_memory(device: str, ranks: int = 1) -> float | None:
     if device != "cpu" or not Path("/proc/meminfo").exists():
         return None
     free, groups = proc_bytes("meminfo", "MemAvailable"), Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    versions = ("memory.max memory.current", "memory/memory.limit_in_bytes memory/memory.usage_in_bytes")
+    for limit, used in map(str.split, versions):
         with contextlib.suppress(OSError, ValueError):  # no such version, or "max"
             free = min(free, int((groups / limit).read_text()) - int((groups / used).read_text()))
     return max(0.0, free / max(1, ranks))

@@ -16,10 +16,7 @@ class Ema:
     """Shadow of a layer's ``state_dict``; entries that are not floating point are copied."""
 
     def __init__(self, layer: paddle.nn.Layer, decay: float):
-        if not 0 < decay < 1:
-            raise UserError(f"run.ema: {decay} is no decay between 0 and 1")
-        self.decay = decay
-        self.num_updates = 0
+        self.decay, self.num_updates = decay, 0
         self.shadow = {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
 
     def update(self, layer: paddle.nn.Layer) -> None:
@@ -55,8 +52,7 @@ class Ema:
 
     def load_state(self, state: dict[str, np.ndarray], num_updates: int) -> None:
         """Restore what ``state`` returned."""
-        if set(state) != set(self.shadow):
-            odd = sorted(set(state) ^ set(self.shadow))
+        if odd := sorted(set(state) ^ set(self.shadow)):
             raise UserError(f"averaged weights do not fit: {len(odd)} names differ, the first is {odd[0]!r}")
         self.shadow = {name: paddle.to_tensor(value) for name, value in state.items()}
         self.num_updates = num_updates

@@ -14,12 +14,6 @@ import paddle
 from utils.compat import adamw_step, momentum_steps, scale_all, split_sizes, squared_norms
 from utils.errors import UserError
 
-SLOTS = {
-    "sgd": ("velocity",),
-    "lars": ("velocity",),
-    "adamw": ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"),
-}
-
 
 def trainable(layer: paddle.nn.Layer) -> dict[str, paddle.Tensor]:
     """Structural name -> parameter, of those that are trained, in the layer's order."""
@@ -91,7 +85,7 @@ class BackboneOptimizer:
         decay_norm_bias: bool = True,
         trust: float = 0.001,
     ):
-        if name not in SLOTS:
+        if name not in ("sgd", "adamw", "lars"):
             raise UserError(f"optim.name: {name!r} is not one of sgd, adamw, lars")
         self.parameters = dict(parameters)
         self.name, self.trust, self.weight_decay = name, trust, weight_decay
@@ -141,8 +135,7 @@ class BackboneOptimizer:
         named = {key.rpartition("/")[0] for key in state}
         fresh = {name: self._fresh_slots(p) for name, p in self.parameters.items() if name in named}
         own = {f"{name}/{kind}": tensor for name, slots in fresh.items() for kind, tensor in slots.items()}
-        if set(own) != set(state):
-            odd = sorted(set(own) ^ set(state))
+        if odd := sorted(set(own) ^ set(state)):
             raise UserError(f"optimiser state does not fit: {len(odd)} names differ, the first is {odd[0]!r}")
         for key, tensor in own.items():
             if list(tensor.shape) != list(state[key].shape):
@@ -154,20 +147,19 @@ class BackboneOptimizer:
     def _fresh_slots(self, parameter: paddle.Tensor) -> dict[str, paddle.Tensor]:
         if self.name != "adamw":
             return {"velocity": paddle.zeros_like(parameter)}
-        moments = {kind: paddle.zeros_like(parameter) for kind in ("moment1", "moment2")}
-        # In host memory: the kernel takes the powers by value, and nobody reads a device for them.
-        powers = [np.full([1], beta, str(parameter.dtype).split(".")[-1]) for beta in self._betas]
-        kinds = ("beta1_pow_acc", "beta2_pow_acc")
-        host = paddle.CPUPlace()
-        return {**moments, **{k: paddle.to_tensor(v, place=host) for k, v in zip(kinds, powers, strict=True)}}
+        slots = {kind: paddle.zeros_like(parameter) for kind in ("moment1", "moment2")}
+        for number, beta in enumerate(self._betas, 1):
+            # In host memory: the kernel takes the powers by value, and nobody reads a device for them.
+            power_1 = paddle.to_tensor([beta], dtype=parameter.dtype, place=paddle.CPUPlace())
+            slots[f"beta{number}_pow_acc"] = power_1
+        return slots
 
     def _momentum_step(self, named: dict, gradients: list, lr: float, decays: list[float]) -> None:
         weights = [parameter for parameter, _ in named.values()]
         velocities = [self._slots[name]["velocity"] for name in named]
         lr_1 = paddle.full([1], lr, weights[0].dtype)
-        momentum_steps(
-            weights, gradients, velocities, lr_1, momentum=self._momentum, decays=decays, nesterov=self._nesterov
-        )
+        rule = {"momentum": self._momentum, "decays": decays, "nesterov": self._nesterov}
+        momentum_steps(weights, gradients, velocities, lr_1, **rule)
 
     def _sgd(self, named: dict, gradients: list, lr: float) -> None:
         self._momentum_step(named, gradients, lr, [self._decay[name] for name in named])
@@ -194,7 +186,5 @@ class BackboneOptimizer:
     def _adamw(self, named: dict, gradients: list, lr: float) -> None:
         lr_1 = paddle.full([1], lr, gradients[0].dtype)
         for name, (parameter, gradient) in named.items():
-            adamw_step(
-                parameter, gradient, lr_1, self._slots[name], beta1=self._betas[0], beta2=self._betas[1],
-                epsilon=self._epsilon, decay=self._decay[name],
-            )  # fmt: skip
+            rule = {"betas": self._betas, "epsilon": self._epsilon, "decay": self._decay[name]}
+            adamw_step(parameter, gradient, lr_1, self._slots[name], **rule)

@@ -18,25 +18,21 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 def check_precision(precision: str, device: str, capability: tuple[int, int] | None = None) -> None:
     """UserError if this precision cannot be had on this device (``capability``: of a GPU)."""
-    if precision != "fp32" and device == "cpu":
-        raise UserError(
-            f"run.precision: {precision} asked for on cpu, where Paddle silently computes in fp32; "
-            "set run.precision=fp32 or run on a GPU (run.device=gpu)"
-        )
-    if precision == "bf16" and capability is not None and capability < BF16_CAPABILITY:
-        raise UserError(
-            f"run.precision: bf16 asked for on a GPU of compute capability {capability[0]}.{capability[1]}, where "
-            "Paddle computes in fp32 with a warning; set run.precision=fp16"
-        )
-    if precision != "fp32" and not device.startswith("gpu"):  # plug-ins: only trying tells
+    if precision == "fp32":
+        return
+    found, remedy = None, "fp32" if precision == "fp16" else "fp16"
+    if device == "cpu":
+        found, remedy = "cpu, where Paddle silently computes in fp32", "fp32 or run on a GPU (run.device=gpu)"
+    elif precision == "bf16" and capability is not None and capability < BF16_CAPABILITY:
+        card = f"a GPU of compute capability {capability[0]}.{capability[1]}"
+        found = f"{card}, where Paddle computes in fp32 with a warning"
+    elif not device.startswith("gpu"):  # plug-ins: only trying tells
         with autocast(precision):
             product = paddle.matmul(paddle.ones([2, 2]), paddle.ones([2, 2]))
         if not str(product.dtype).endswith(DTYPES[precision]):
-            other = "fp32" if precision == "fp16" else "fp16"
-            raise UserError(
-                f"run.precision: {precision} asked for on {device}, where Paddle computes in fp32; "
-                f"set run.precision={other}"
-            )
+            found = f"{device}, where Paddle computes in fp32"
+    if found is not None:
+        raise UserError(f"run.precision: {precision} asked for on {found}; set run.precision={remedy}")
 
 
 def autocast(precision: str) -> contextlib.AbstractContextManager:
@@ -53,23 +49,15 @@ def autocast(precision: str) -> contextlib.AbstractContextManager:
 class LossScaler:
     """Dynamic loss scale for fp16, and the count of skipped updates for every precision.
 
-    A skipped update multiplies the scale by ``backoff``; ``growth_interval`` good ones in a row double it. For fp32 and
-    bf16 the scale is 1 and stays.
+    A skipped update halves the scale; ``growth_interval`` good ones in a row double it. For fp32 and bf16 the scale is
+    1 and stays.
     """
 
-    def __init__(
-        self,
-        precision: str = "fp32",
-        scale: float = 65536.0,
-        max_skips: int = 50,
-        growth: float = 2.0,
-        backoff: float = 0.5,
-        growth_interval: int = 2000,
-    ):
+    def __init__(self, precision: str, scale: float = 65536.0, max_skips: int = 50, growth_interval: int = 2000):
         self.dynamic = precision == "fp16"
         self.precision = precision
         self.scale = scale if self.dynamic else 1.0
-        self.max_skips, self.growth, self.backoff, self.growth_interval = max_skips, growth, backoff, growth_interval
+        self.max_skips, self.growth_interval = max_skips, growth_interval
         self.good_steps = self.skips_in_row = self.skips = 0
 
     def update(self, skipped: bool) -> None:
@@ -82,13 +70,13 @@ class LossScaler:
             self.skips_in_row = 0
             self.good_steps += 1
             if self.dynamic and self.good_steps >= self.growth_interval:
-                self.scale, self.good_steps = min(self.scale * self.growth, 2.0**32), 0
+                self.scale, self.good_steps = min(self.scale * 2, 2.0**32), 0
             return
         self.skips += 1
         self.skips_in_row += 1
         self.good_steps = 0
         if self.dynamic:
-            self.scale = max(self.scale * self.backoff, math.ldexp(1.0, -20))
+            self.scale = max(self.scale / 2, math.ldexp(1.0, -20))
         if self.skips_in_row >= self.max_skips:
             advice = "use run.precision=bf16, " if self.dynamic else ""
             raise UserError(
@@ -99,16 +87,10 @@ class LossScaler:
 
     def state(self) -> dict:
         """JSON-able."""
-        return {
-            "scale": self.scale,
-            "good_steps": self.good_steps,
-            "skips_in_row": self.skips_in_row,
-            "skips": self.skips,
-        }
+        return {name: getattr(self, name) for name in ("scale", "good_steps", "skips_in_row", "skips")}
 
     def load_state(self, state: dict) -> None:
         """Restore ``state``; the scale only if this run scales too."""
-        self.good_steps, self.skips_in_row = state["good_steps"], state["skips_in_row"]
-        self.skips = state["skips"]
-        if self.dynamic:
-            self.scale = state["scale"]
+        for name in self.state():
+            if name != "scale" or self.dynamic:
+                setattr(self, name, state[name])

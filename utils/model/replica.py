@@ -25,9 +25,9 @@ class Replica:
         self, backbone: paddle.nn.Layer, sync_bn: bool = False, recompute: bool = False, compile: bool = False
     ):
         self.world_size = distributed.get_world_size()
-        if sync_bn and paddle.get_device() == "cpu":
-            raise UserError("run.sync_bn: true on cpu, where Paddle has no such kernel; set run.sync_bn=false")
         if sync_bn:
+            if paddle.get_device() == "cpu":
+                raise UserError("run.sync_bn: true on cpu, where Paddle has no such kernel; set run.sync_bn=false")
             _synchronise_norms(backbone)
         self.backbone = backbone
         self._average_later = recompute and self.world_size > 1

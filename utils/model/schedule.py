@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 from utils.errors import UserError
 
+NAMES = ("poly", "cosine", "multistep", "step", "constant")
+
 
 def scaled_lr(lr: float, lr_batch: int | None, global_batch: int) -> float:
     """Linear scaling: ``lr`` is meant for ``lr_batch`` images an update; None takes ``lr`` as it is."""
@@ -36,45 +38,27 @@ class LrSchedule:
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in _SHAPES:
-            raise UserError(f"schedule.name: {self.name!r} is not one of {', '.join(_SHAPES)}")
+        if self.name not in NAMES:
+            raise UserError(f"schedule.name: {self.name!r} is not one of {', '.join(NAMES)}")
         if self.steps_per_epoch < 1 or self.total_steps < 1:
-            raise UserError(
-                f"a schedule needs at least one update: {self.steps_per_epoch} an epoch, {self.total_steps} in all"
-            )
+            counts = f"{self.steps_per_epoch} an epoch, {self.total_steps} in all"
+            raise UserError(f"a schedule needs at least one update: {counts}")
 
     def __call__(self, step: float) -> float:
-        step = min(max(step, 0), self.total_steps - 1)
+        base, step = self.base_lr, min(max(step, 0), self.total_steps - 1)
         if step < self.warmup_steps:
-            return self.base_lr * (step + 1) / self.warmup_steps
-        return _SHAPES[self.name](self, step)
-
-    def _done(self, step: float) -> float:
-        """Share of the way from the end of the warm-up to the end of training, in [0, 1)."""
-        return (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-
-    def _poly(self, step: float) -> float:
-        return max(self.min_lr, self.base_lr * (1 - self._done(step)) ** self.power)
-
-    def _cosine(self, step: float) -> float:
-        return self.min_lr + (self.base_lr - self.min_lr) / 2 * (1 + math.cos(math.pi * self._done(step)))
-
-    def _multistep(self, step: float) -> float:
-        # Compared in updates: milestone * steps_per_epoch is exact where step / steps_per_epoch would round.
-        return self.base_lr * self.gamma ** sum(step >= m * self.steps_per_epoch for m in self.milestones)
-
-    def _step(self, step: float) -> float:
-        epoch = math.floor(step / self.steps_per_epoch)
-        return self.base_lr * self.gamma ** sum(m - 1 <= epoch for m in self.milestones)
-
-    def _constant(self, step: float) -> float:
-        return self.base_lr
-
-
-_SHAPES = {
-    "poly": LrSchedule._poly,
-    "cosine": LrSchedule._cosine,
-    "multistep": LrSchedule._multistep,
-    "step": LrSchedule._step,
-    "constant": LrSchedule._constant,
-}
+            return base * (step + 1) / self.warmup_steps
+        # The share of the way from the end of the warm-up to the end of training, in [0, 1).
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        match self.name:
+            case "poly":
+                return max(self.min_lr, base * (1 - done) ** self.power)
+            case "cosine":
+                return self.min_lr + (base - self.min_lr) / 2 * (1 + math.cos(math.pi * done))
+            case "multistep":
+                # Compared in updates: milestone * steps_per_epoch is exact where step / steps_per_epoch would round.
+                return base * self.gamma ** sum(step >= m * self.steps_per_epoch for m in self.milestones)
+            case "step":
+                epoch = math.floor(step / self.steps_per_epoch)
+                return base * self.gamma ** sum(m - 1 <= epoch for m in self.milestones)
+        return base
