@@ -18,7 +18,6 @@ landmarks as O-Net's first pass puts them (``rounds 0``) and once for what ``--d
 """
 
 import sys
-import time
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -29,9 +28,7 @@ import numpy as np
 from prettytable import PrettyTable
 from scipy.optimize import minimize
 
-from benchmarks.common import ROOT, build_parser, case, read_options, write_report
-from tools.demo.data import original_pictures
-from utils.errors import one_line_errors
+from benchmarks.common import build_parser, case, orl_photos, run, timed
 from utils.photos.align import ARCFACE_TEMPLATE, align_face, similarity_transform
 from utils.photos.mtcnn import ROUNDS, Mtcnn
 from utils.photos.photo import read_photo
@@ -44,11 +41,6 @@ TRIALS = 4
 
 def moved(point_K2: np.ndarray, matrix_23: np.ndarray) -> np.ndarray:
     return point_K2 @ matrix_23[:, :2].T + matrix_23[:, 2]
-
-
-def inverse(matrix_23: np.ndarray) -> np.ndarray:
-    turn_22 = np.linalg.inv(matrix_23[:, :2])
-    return np.hstack([turn_22, -turn_22 @ matrix_23[:, 2:]])
 
 
 def distances(point_F52: np.ndarray, other_F52: np.ndarray) -> np.ndarray:
@@ -68,9 +60,8 @@ def least_largest_distance(landmark_52: np.ndarray) -> float:
         return v_5[4] ** 2 - (off**2).sum(axis=1)
 
     largest = np.sqrt(((start_52 - target_52) ** 2).sum(axis=1).max())
-    done = minimize(
-        lambda v_5: v_5[4], [1, 0, 0, 0, largest], method="SLSQP", constraints={"type": "ineq", "fun": slack}
-    )
+    within = {"type": "ineq", "fun": slack}
+    done = minimize(lambda v_5: v_5[4], [1, 0, 0, 0, largest], method="SLSQP", constraints=within)
     return float(min(done.x[4], largest)) if done.success else float(largest)
 
 
@@ -92,9 +83,9 @@ def spread_when_turned(find: Mtcnn, photo: np.ndarray, known_F52: np.ndarray, se
     for trial in range(TRIALS):
         image, matrix_23 = turned(photo, seed * TRIALS + trial)
         found_N52 = find(image)[1]
-        back_N52 = np.array([moved(face, inverse(matrix_23)) for face in found_N52])
+        back_N52 = np.array([moved(face, cv2.invertAffineTransform(matrix_23)) for face in found_N52])
         nearest = [int(np.linalg.norm((back_N52 - face).mean(axis=1), axis=1).argmin()) for face in known_F52]
-        crops = [inverse(similarity_transform(back_N52[i], TEMPLATE_52)) for i in nearest]
+        crops = [cv2.invertAffineTransform(similarity_transform(back_N52[i], TEMPLATE_52)) for i in nearest]
         template_FT52.append([moved(TEMPLATE_52, crop) for crop in crops])
     spreads = []
     for face_52, trial_T52 in zip(known_F52, np.swapaxes(template_FT52, 0, 1), strict=True):
@@ -115,72 +106,69 @@ def measure(name: str, photos: list[np.ndarray], every: bool, turn: int) -> list
     seconds = {rounds: [] for rounds in passes}
     for _ in range(5):  # in turn, since others may use the machine
         for rounds, find in passes.items():
-            seconds[rounds].append(timed(find, photos))
+            seconds[rounds].append(timed(lambda find=find: [find(photo) for photo in photos])[1])
     rows = []
     for rounds, find in passes.items():
         other = passes[ROUNDS - rounds]
-        found = []
-        for number, photo in enumerate(photos):
+        found = []  # (photo, landmarks of its faces)
+        for photo in photos:
             faces = find(photo)
-            found.append((number, photo, faces[1] if every else largest(faces)[None]))
-        face_52s = [face for _, _, faces in found for face in faces]
-        fitted_F52 = np.array([moved(face, similarity_transform(face, TEMPLATE_52)) for face in face_52s])
-        crops = [align_face(photo, face) for _, photo, faces in found for face in faces]
+            found.append((photo, faces[1] if every else largest(faces)[None]))
+        face_F52 = np.concatenate([faces for _, faces in found])
+        fitted_F52 = np.array([moved(face, similarity_transform(face, TEMPLATE_52)) for face in face_F52])
+        crops = [align_face(photo, face) for photo, faces in found for face in faces]
         again_F52, other_F52 = (np.array([largest(judge(crop)) for crop in crops]) for judge in (find, other))
-        fit_F4, off_F4 = distances(fitted_F52, TEMPLATE_52), distances(again_F52, TEMPLATE_52)
-        noise_F4, other_F4 = distances(again_F52, fitted_F52), distances(other_F52, fitted_F52)
-        least_F = np.array([least_largest_distance(face) for face in face_52s])
+        least_F = np.array([least_largest_distance(face) for face in face_F52])
         spreads = [
             spread
-            for number, photo, faces in found[::turn]
-            for spread in spread_when_turned(find, photo, faces, number)
+            for number in range(0, len(found), turn)
+            for spread in spread_when_turned(find, *found[number], number)
         ]
         row = {
-            "photos": name, "rounds": rounds, "faces": len(face_52s),
-            "fit_eyes": fit_F4[:, :2].mean(), "fit_mouth": fit_F4[:, 2:].mean(),
-            "fit_all_within": (fit_F4.max(axis=1) < BAR).mean(), "fit_worst": fit_F4.max(),
-            "no_similarity": (least_F >= BAR).mean(), "no_similarity_worst": least_F.max(),
-            "again_eyes": off_F4[:, :2].mean(), "again_mouth": off_F4[:, 2:].mean(),
-            "again_all_within": (off_F4.max(axis=1) < BAR).mean(), "again_worst": off_F4.max(),
-            "again_off_fit": noise_F4.mean(), "again_off_fit_worst": noise_F4.max(),
-            "other_off_fit": other_F4.mean(), "other_off_fit_worst": other_F4.max(),
-            "turned_rms": np.sqrt(np.mean(spreads)), "ms": min(seconds[rounds]) / len(photos) * 1e3,
-        }  # fmt: skip
-        rows.append({name: value if isinstance(value, str | int) else float(value) for name, value in row.items()})
+            **off_template("fit", distances(fitted_F52, TEMPLATE_52)),
+            "no_similarity": (least_F >= BAR).mean(),
+            "no_similarity_worst": least_F.max(),
+            **off_template("again", distances(again_F52, TEMPLATE_52)),
+        }
+        for what, judged_F52 in (("again_off_fit", again_F52), ("other_off_fit", other_F52)):
+            off_F4 = distances(judged_F52, fitted_F52)
+            row |= {what: off_F4.mean(), f"{what}_worst": off_F4.max()}
+        row |= {"turned_rms": np.sqrt(np.mean(spreads)), "ms": min(seconds[rounds]) / len(photos) * 1e3}
+        about = {"photos": name, "rounds": rounds, "faces": len(face_F52)}
+        rows.append(about | {what: float(value) for what, value in row.items()})
     return rows
 
 
-def timed(find: Mtcnn, photos: list[np.ndarray]) -> float:
-    start = time.perf_counter()
-    for photo in photos:
-        find(photo)
-    return time.perf_counter() - start
+def off_template(what: str, off_F4: np.ndarray) -> dict[str, float]:
+    """Columns of a distance to the template."""
+    means = {f"{what}_eyes": off_F4[:, :2].mean(), f"{what}_mouth": off_F4[:, 2:].mean()}
+    return means | {f"{what}_all_within": (off_F4.max(axis=1) < BAR).mean(), f"{what}_worst": off_F4.max()}
 
 
-@one_line_errors
+def measure_all(args) -> list[dict]:
+    """All groups of photos; prints their table."""
+    rows = []
+    for path in args.photos:
+        rows += measure(path.name, [read_photo(path)], every=True, turn=1)
+    if not args.photos:
+        rows = measure("ORL", [photo for *_, photo in orl_photos()[:: args.every]], every=False, turn=4)
+    table = PrettyTable([name.replace("_", " ") for name in rows[0]], float_format=".2")
+    table.add_rows([list(row.values()) for row in rows])
+    print(table.get_string(fields=table.field_names[:9]))
+    print(table.get_string(fields=table.field_names[:2] + table.field_names[9:]))
+    return [
+        case(f"align/{ours['photos']}", metric, [ours[metric]], [first[metric]], "first pass of O-Net", smaller=True)
+        for first, ours in zip(rows[::2], rows[1::2], strict=True)
+        for metric in ("turned_rms", "again_off_fit", "ms")
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("photos", type=Path, nargs="*", help="photos instead of ORL's pictures; every face of each")
     parser.add_argument("--every", type=int, default=1, help="only every so-manieth picture of ORL")
-    args = read_options(parser, argv)
-    rows = []
-    for path in args.photos:
-        rows += measure(path.name, [read_photo(path)], every=True, turn=1)
-    if not args.photos:
-        grey = [picture for _, _, picture in original_pictures(ROOT / "data" / "orl")][:: args.every]
-        large = [cv2.resize(picture, None, fx=2.5, fy=2.5, interpolation=cv2.INTER_CUBIC) for picture in grey]
-        rows = measure("ORL", [cv2.cvtColor(p, cv2.COLOR_GRAY2RGB) for p in large], every=False, turn=4)
-    table = PrettyTable([name.replace("_", " ") for name in rows[0]], float_format=".2")
-    table.add_rows([list(row.values()) for row in rows])
-    print(table.get_string(fields=table.field_names[:9]))
-    print(table.get_string(fields=table.field_names[:2] + table.field_names[9:]))
-    cases = [
-        case(f"align/{ours['photos']}", metric, [ours[metric]], [first[metric]], "first pass of O-Net", smaller=True)
-        for first, ours in zip(rows[::2], rows[1::2], strict=True)
-        for metric in ("turned_rms", "again_off_fit", "ms")
-    ]
-    write_report(args.json, cases, "one thread", ("numpy", "opencv-python-headless", "onnxruntime"))
+    run(parser, argv, measure_all, "one thread", ("numpy", "opencv-python-headless", "onnxruntime"))
 
 
 if __name__ == "__main__":

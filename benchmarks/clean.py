@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ if __package__ in (None, ""):
 import numpy as np
 from prettytable import PrettyTable
 
-from benchmarks.common import ROOT, read_options, write_report
+from benchmarks.common import ROOT, case, read_options, timed, write_report
 from tools.clean.analysis import analyse
 from tools.clean.faults import KINDS, Planted, Score, best_threshold, findings_of, judge, nearest_centre_scores, plant
 from tools.clean.rows import Rows
@@ -112,10 +111,10 @@ def run_faults(args: argparse.Namespace) -> list[dict]:
             a, b = ours[kind], plain[kind]
             shown = (a.precision, a.recall, a.f1, b.precision, b.recall, b.f1, usual[kind].f1)
             table.add_row([people, kind, a.planted, *(f"{value:.3f}" for value in shown)])
-            found = {"name": f"clean/{kind}/{people}", "metric": "f1", "ours": a.f1, "peer": b.f1}
-            found |= {"peer_name": "nearest centre", "ratio": a.f1 / max(b.f1, 1e-9), "runs": args.sets, "spread": []}
-            found |= {"precision": a.precision, "recall": a.recall}
-            cases.append(found | {"peer_precision": b.precision, "peer_recall": b.recall})
+            more = {"precision": a.precision, "recall": a.recall, "runs": args.sets, "spread": []}
+            more |= {"peer_precision": b.precision, "peer_recall": b.recall}
+            name, f1 = f"clean/{kind}/{people}", ([a.f1], [max(b.f1, 1e-9)])
+            cases.append(case(name, "f1", *f1, "nearest centre", **more))
     print(table)
     return cases
 
@@ -147,24 +146,21 @@ def run_scale(args: argparse.Namespace) -> list[dict]:
         rows = Rows.of(np.load(path, mmap_mode="r"), label_N)
         reset_peak()
         before = peak_bytes()
-        start = time.perf_counter()
-        found = analyse(rows)
-        seconds = time.perf_counter() - start
+        found, seconds = timed(analyse, rows)
         peak_mb = (peak_bytes() - before) / 2**20
     products = 2 * args.size * args.identities * (args.images + args.identities)
-    on_disk = args.images * args.size * 4 / 2**20
-    print(
-        f"{args.images:,} images x {args.identities:,} identities x {args.size}: {seconds:.0f} s, peak {peak_mb:.0f} MB"
-    )
-    print(f"beside {on_disk:.0f} MB of features on disk")
-    wrong = args.images // 100
+    wrong, problem = args.images // 100, f"{args.images:,} images x {args.identities:,} identities x {args.size}"
+    print(f"{problem}: {seconds:.0f} s, peak {peak_mb:.0f} MB")
+    print(f"beside {args.images * args.size * 4 / 2**20:.0f} MB of features on disk")
     print(f"{len(found.outlier_F):,} images called wrong, about {wrong:,} are; {products / seconds / 1e9:.0f} GFLOP/s")
     for name, (images, identities) in {"MS1MV2": MS1MV2, "WebFace42M": WEBFACE42M}.items():
         whole = 2 * 512 * identities * (images + identities)
         hours = whole / products * seconds / 3600
         print(f"{name}, {images:,} x {identities:,} x 512: {whole:.1e} operations, {hours:.1f} h at this rate")
-    shared = {"name": f"clean/{args.images}/{args.identities}", "peer": None, "runs": 1, "spread": []}
-    return [{**shared, "metric": "seconds", "value": seconds}, {**shared, "metric": "peak_mb", "value": peak_mb}]
+    name = f"clean/{args.images}/{args.identities}"
+    return [
+        case(name, what, [value], None, "", value=value) for what, value in (("seconds", seconds), ("peak_mb", peak_mb))
+    ]
 
 
 @one_line_errors

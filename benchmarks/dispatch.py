@@ -14,37 +14,40 @@ log line), from one call of ``train.update`` to the next:
 
 ``host_ms`` is the time of an update whose kernels cost little: width 4, 32 pixels, 16 features, the classes of the
 case (with ``--classes 1000`` it is Python and the framework alone). It is taken on the CPU with the head's chunked
-kernel, one thread a rank, beside ``benchmarks/peer_dispatch.py``: the same network in PyTorch, Partial FC as
+kernel, one thread a rank, beside ``benchmarks/peer_train.py``: the same network in PyTorch, Partial FC as
 arcface_torch has it, SGD, clipping. The sides take turns; the median of all updates counts.
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before this folder, which has an eval.py as well
 
-from benchmarks.common import ROOT, build_parser, case, read_options, write_report
-from utils.errors import one_line_errors
-from utils.launch import launch_command
+from benchmarks.common import ROOT, build_parser, case, measured, run, told_by
 
 NETWORKS = ("iresnet18", "iresnet50", "iresnet100")  # what the peer has as well
 WIDTH, INPUT_SIZE, EMBEDDING_SIZE, BATCH = 4, 32, 16, 4
 CHUNKS = 6  # of the count with several chunks
 SKIPPED = 3  # updates at the start that are not counted: the first is logged, and momentum comes into being
+TIMED = 20  # updates of a turn of host_ms
+SETTINGS = f"""
+run.batch_size={BATCH} run.accumulation=1 run.precision=fp32 run.compile=false
+data.kind=synthetic data.root=null data.num_threads=1
+model.width={WIDTH} model.input_size={INPUT_SIZE} model.embedding_size={EMBEDDING_SIZE}
+head.matmul_dtype=fp32 optim.lr=0.01 optim.lr_batch=null schedule.warmup_epochs=0
+verify.sets=[] checkpoint.every_steps=0 checkpoint.asynchronous=false log.every_steps=1000 log.tensorboard=false
+"""
 
 
-@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = build_parser(__doc__)
@@ -53,18 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 0.1])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side of host_ms; 0 leaves it out")
-    parser.add_argument("--child", nargs=2, metavar=("KIND", "OUT"), help=argparse.SUPPRESS)
-    parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)
-    args = read_options(parser, argv)
-    if args.child:
-        run_child(args.child[0], Path(args.child[1]), args.settings)
-        return
-    cases = []
-    for network in args.networks:
-        for rate in args.rates:
-            for num_ranks in args.ranks:
-                cases += measure(network, args.classes, rate, num_ranks, args.rounds)
-    write_report(args.json, cases, f"{max(args.ranks)} ranks of 1 thread")
+
+    def measure_all(args) -> list[dict]:
+        names = itertools.product(args.networks, [args.classes], args.rates, args.ranks)
+        return [found for name in names for found in measure(*name, args.rounds)]
+
+    run(parser, argv, measure_all, "{ranks} ranks of 1 thread", child=run_child)
 
 
 def measure(network: str, num_classes: int, rate: float, num_ranks: int, rounds: int) -> list[dict]:
@@ -73,24 +70,28 @@ def measure(network: str, num_classes: int, rate: float, num_ranks: int, rounds:
     figures = count(network, num_classes, rate, num_ranks)
     print(name, " ".join(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
     cases = [{"name": name, "metric": metric, "value": value} for metric, value in figures.items()]
-    if rounds:
-        sides = {"ours": [], "peer": []}
-        for _ in range(rounds):
-            for side, found in sides.items():
-                found += time_updates(side, network, num_classes, rate, num_ranks)
-        cases.append(case(name, "host_ms", sides["ours"], sides["peer"], "pytorch", smaller=True))
-    return cases
+    ours, peer = [], []
+    for _ in range(rounds):
+        words = settings(network, num_classes, rate, "cpu", 16384, 2 * SKIPPED + TIMED)
+        ours += watched_run("time", words, num_ranks, CUSTOM_DEVICE_ROOT="")["ms"]
+        shape = (WIDTH, INPUT_SIZE, EMBEDDING_SIZE)
+        words = [ROOT / "benchmarks" / "peer_train.py", network, BATCH, num_classes, rate, *shape]
+        turns = measured({"peer": words}, TIMED, SKIPPED, threads=1, num_ranks=num_ranks)
+        peer += [1e3 * turn["seconds"] for turn in turns["peer"]]
+    return [*cases, case(name, "host_ms", ours, peer, "pytorch", smaller=True)] if rounds else cases
 
 
 def count(network: str, num_classes: int, rate: float, num_ranks: int, *more: str) -> dict[str, float]:
     """The counted figures of an update; ``more``: further settings of the run."""
     from tests.device.build import DEVICE, environment
 
+    launched = {"PADDLE_DISTRI_BACKEND": "xccl", "PADDLE_XCCL_BACKEND": DEVICE, f"FLAGS_selected_{DEVICE}s": "0"}
+    variables = environment() | launched | {"OMP_NUM_THREADS": "1"}
     rows = int(-(-num_classes // num_ranks) * (rate or 1.0)) + BATCH * num_ranks  # at most so many in an update
     found = []
     for chunks in (1, CHUNKS):
         words = settings(network, num_classes, rate, DEVICE, -(-rows // chunks), 2 * SKIPPED + 2)
-        found.append(run("count", [*words, *more], num_ranks, environment() | {"PADDLE_DISTRI_BACKEND": "auto"}))
+        found.append(watched_run("count", [*words, *more], num_ranks, **variables))
     one, several = found
     return {
         "uploads": max(several["uploads"]),
@@ -100,63 +101,28 @@ def count(network: str, num_classes: int, rate: float, num_ranks: int, *more: st
     }
 
 
-def time_updates(side: str, network: str, num_classes: int, rate: float, num_ranks: int) -> list[float]:
-    """Milliseconds of some updates of ``ours`` or the ``peer``, each the slowest rank's."""
-    environment = {name: value for name, value in os.environ.items() if name != "CUSTOM_DEVICE_ROOT"}
-    if side == "ours":
-        words = settings(network, num_classes, rate, "cpu", 16384, 2 * SKIPPED + 20)
-        return run("time", words, num_ranks, environment)["ms"]
-    words = [network, num_classes, rate, BATCH, WIDTH, INPUT_SIZE, EMBEDDING_SIZE, 2 * SKIPPED + 20]
-    return run("peer", list(map(str, words)), num_ranks, environment)["ms"]
-
-
 def settings(network: str, num_classes: int, rate: float, device: str, chunk_rows: int, updates: int) -> list[str]:
     """A run of ``train.py``."""
-    return [
-        f"run.device={device}", f"run.batch_size={BATCH}", f"run.max_steps={updates}", "run.accumulation=1",
-        "data.kind=synthetic", "data.root=null", f"data.num_classes={num_classes}", "data.num_threads=1",
-        f"data.num_images={BATCH * 8 * (updates + 2)}", f"model.network={network}", f"model.width={WIDTH}",
-        f"model.input_size={INPUT_SIZE}", f"model.embedding_size={EMBEDDING_SIZE}", f"head.sample_rate={rate}",
-        f"head.chunk={chunk_rows}", "head.matmul_dtype=fp32", "optim.lr=0.01",
-        "optim.lr_batch=null", "schedule.warmup_epochs=0", "run.precision=fp32", "run.compile=false",
-        "verify.sets=[]", "checkpoint.every_steps=0", "checkpoint.asynchronous=false", "log.every_steps=1000",
-        "log.tensorboard=false",
-    ]  # fmt: skip
+    data = f"data.num_classes={num_classes} data.num_images={BATCH * 8 * (updates + 2)} model.network={network}"
+    rest = f"run.device={device} run.max_steps={updates} head.sample_rate={rate} head.chunk={chunk_rows}"
+    return f"{SETTINGS} {data} {rest}".split()
 
 
-def run(kind: str, words: list[str], num_ranks: int, environment: dict[str, str]) -> dict:
-    """A child on so many ranks; what its rank 0 found."""
-    environment = {key: value for key, value in environment.items() if not key.startswith("PADDLE_TRAINER")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    if kind != "count":
-        environment["PADDLE_DISTRI_BACKEND"] = "gloo"
+def watched_run(kind: str, words: list[str], num_ranks: int, **variables: str) -> dict[str, list]:
+    """``train.train`` on so many ranks; what was seen of each update, the largest of all ranks."""
     with tempfile.TemporaryDirectory(prefix="dispatch_") as folder:
-        out = Path(folder) / "found.json"
-        if kind == "peer":
-            start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-            command = [sys.executable, *start, str(ROOT / "benchmarks" / "peer_dispatch.py"), str(out), *words]
-        else:
-            words = ["--child", kind, str(out), *words, f"run.output={folder}/run"]
-            command = [sys.executable, __file__, *words]
-            if num_ranks > 1:
-                command = launch_command(num_ranks, __file__, words, f"{folder}/log")
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
-        )
-        if done.returncode or not out.is_file():
-            logs = [path.read_text()[-2000:] for path in Path(folder).glob("log/workerlog.*")]
-            raise SystemExit("\n".join([" ".join(command), done.stdout[-2000:], done.stderr[-2000:], *logs]))
-        return json.loads(out.read_text())
+        words = [__file__, "--child", kind, *words, f"run.output={folder}/run"]
+        return told_by("ours", words, threads=1, num_ranks=num_ranks, **variables)
 
 
-def run_child(kind: str, out: Path, words: list[str]) -> None:
-    """One rank: trains by ``train.train``, watches it, and rank 0 writes what it saw."""
+def run_child(kind: str, *words: str) -> None:
+    """One rank: trains by ``train.train``, watches it and tells what all ranks saw."""
     import train
     from utils import distributed
 
-    config = train.parse_arguments(words, train.DEFAULT_CONFIG, "")
+    config = train.parse_arguments(list(words), train.DEFAULT_CONFIG, "")
     distributed.init(config.run.device)
-    with replaced(train, "PartialFC", lambda head: functools.partial(head, backend="paddle")):  # on the CPU as well
+    with mock.patch.object(train, "PartialFC", functools.partial(train.PartialFC, backend="paddle")):  # on the CPU too
         parts = train.build(config)
     watch = count_updates if kind == "count" else time_each
     with watch(train) as found:
@@ -165,17 +131,16 @@ def run_child(kind: str, out: Path, words: list[str]) -> None:
     parts.log.close()
     parts.loader.close()
     everyone = distributed.all_gather_object(found)
-    if distributed.get_rank() == 0:
-        # Ranks may differ (where the labels lie), and the slowest is waited for: the largest of them, update by update.
-        largest = {key: list(map(max, zip(*(each[key] for each in everyone), strict=True))) for key in found}
-        out.write_text(json.dumps(largest))
+    # Ranks may differ (where the labels lie), and the slowest is waited for: the largest of them, update by update.
+    largest = {key: list(map(max, zip(*(each[key] for each in everyone), strict=True))) for key in found}
+    print(json.dumps(largest), flush=True)
 
 
 @contextlib.contextmanager
 def time_each(train) -> Iterator[dict]:
     """``ms``: from one call of ``train.update`` to the next, once the first few are over."""
     found, marks = {"ms": []}, []
-    with replaced(train, "update", lambda update: noting(update, lambda: marks.append(time.perf_counter()))):
+    with mock.patch.object(train, "update", noting(train.update, lambda: marks.append(time.perf_counter()))):
         yield found
     found["ms"] += [1e3 * (b - a) for a, b in itertools.pairwise(marks[SKIPPED:])]
 
@@ -217,14 +182,12 @@ def count_updates(train) -> Iterator[dict]:
 
     found = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(replaced(train, "update", lambda update: noting(update, note)))
-        stack.enter_context(replaced(Replica, "__call__", forward))
-        stack.enter_context(replaced(paddle.Tensor, "backward", backward))
+        stack.enter_context(mock.patch.object(train, "update", noting(train.update, note)))
+        stack.enter_context(mock.patch.object(Replica, "__call__", forward(Replica.__call__)))
+        stack.enter_context(mock.patch.object(paddle.Tensor, "backward", backward(paddle.Tensor.backward)))
         yield found
-    steps = [
-        [b - a for a, b in zip(*pair, strict=True)] for pair in zip(marks[SKIPPED:], marks[SKIPPED + 1 :], strict=False)
-    ]
-    found |= dict(zip(("uploads", "reads", "outside"), map(list, zip(*steps, strict=True)), strict=True))
+    for key, column in zip(("uploads", "reads", "outside"), zip(*marks[SKIPPED:], strict=True), strict=True):
+        found[key] = [b - a for a, b in itertools.pairwise(column)]
 
 
 def noting(function: Callable, note: Callable) -> Callable:
@@ -235,17 +198,6 @@ def noting(function: Callable, note: Callable) -> Callable:
         return function(*args, **options)
 
     return noted
-
-
-@contextlib.contextmanager
-def replaced(owner: object, name: str, wrap: Callable) -> Iterator[None]:
-    """``owner.name`` is ``wrap`` of itself inside."""
-    before = getattr(owner, name)
-    setattr(owner, name, wrap(before))
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,9 @@ Bars with bfloat16: ``pytorch`` 2.5 for iResNets, 2.0 for others; ``bf16_vs_fp32
 ``crops_to_table`` 0.909 (10 % overhead).
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -29,16 +27,11 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks.common import PACKAGES, ROOT, build_parser, case, read_options, serve, started, write_report
-from utils.errors import one_line_errors
+from benchmarks.common import PACKAGES, ROOT, build_parser, case, run, serve, started, take_turns, timed
 
 NETWORKS = ("iresnet18", "iresnet50", "mobilefacenet", "vit_t")
-OURS = {
-    "fp32": ("auto", "fp32"),
-    "bf16": ("auto", "bf16"),
-    "predictor": ("predictor", "fp32"),
-    "dynamic": ("dynamic", "fp32"),
-}
+OURS = {"fp32": ("auto", "fp32"), "bf16": ("auto", "bf16")}
+OURS |= {engine: (engine, "fp32") for engine in ("predictor", "dynamic")}
 SIDES = (*OURS, "pytorch")
 PEERS = {"pytorch": "PyTorch eager", "dynamic": "Paddle dynamic graph", "predictor": "Paddle Inference"}
 NUM_CROPS = 768
@@ -71,8 +64,9 @@ def make_weights(network: str, folder: Path, num_images: int) -> str:
     return kind
 
 
-def run_child(side: str, network: str, folder: Path, threads: int) -> None:
+def run_child(side: str, network: str, *words: str) -> None:
     """For each line on stdin: embed all images, or run the protocol once."""
+    folder, threads = Path(words[0]), int(words[1])
     if side == "ijb":
         answer, told = _ijb(network, folder, threads)
         serve(lambda _: answer(), lambda found: found, **told)
@@ -118,45 +112,42 @@ def _ijb(network: str, folder: Path, threads: int):
     from eval.features import protocol_features
     from eval.protocols import read_csv_protocol
     from eval.tables import Setting, evaluate_templates
+    from utils.files import write_csv
     from utils.photos.align import ARCFACE_TEMPLATE
 
     images, _ = real_faces(NUM_CROPS)
-    rng = np.random.default_rng(0)
-    points = ",".join(f"{axis}{k}" for k in range(1, 6) for axis in "xy")
-    lines, pairs = [f"path,template,media,score,{points}"], ["left,right,same"]
-    for index, image in enumerate(images):
+    point_N10 = np.ravel(ARCFACE_TEMPLATE) + 24 + np.random.default_rng(0).normal(0, 1, (NUM_CROPS, 10))
+    columns = [f"{axis}{k}" for k in range(1, 6) for axis in "xy"]
+    rows = []
+    for index, (image, point_10) in enumerate(zip(images, point_N10.round(2), strict=True)):
         crop = cv2.copyMakeBorder(image, 24, 24, 24, 24, cv2.BORDER_REPLICATE)  # 160 x 160, as IJB's crops are larger
         cv2.imwrite(str(folder / f"{index}.jpg"), crop[..., ::-1])
-        landmarks = np.asarray(ARCFACE_TEMPLATE) + 24 + rng.normal(0, 1, (5, 2))
-        values = ",".join(f"{value:.2f}" for value in landmarks.ravel())
-        lines.append(f"{index}.jpg,{index // 2},{index // 2},1,{values}")
-    for template in range(NUM_CROPS // 2):
-        pairs.append(f"{template},{(template + 1) % (NUM_CROPS // 2)},{template % 2}")
-    (folder / "images.csv").write_text("\n".join(lines) + "\n")
-    (folder / "pairs.csv").write_text("\n".join(pairs) + "\n")
+        row = {"path": f"{index}.jpg", "template": index // 2, "media": index // 2, "score": 1}
+        rows.append(row | dict(zip(columns, point_10, strict=True)))
+    write_csv(folder / "images.csv", rows)
+    templates = range(NUM_CROPS // 2)
+    write_csv(folder / "pairs.csv", [{"left": t, "right": (t + 1) % len(templates), "same": t % 2} for t in templates])
     embedder = load_embedder(folder / "weights.pt", network, num_threads=threads, precision="auto")
     embedder.settle(images)
     embedder.start(images[:64], "both").result()
 
-    def answer() -> dict:
-        start = time.perf_counter()
-        embedder.start(images, "both").result()
-        alone = time.perf_counter() - start
-        start = time.perf_counter()
+    def whole() -> None:
         protocol = read_csv_protocol(folder)
         with tempfile.TemporaryDirectory() as cache:
-            features = protocol_features(
-                protocol, lambda: embedder, "weights", Path(cache) / "f.npy", num_threads=threads
-            )
+            out = Path(cache) / "f.npy"
+            features = protocol_features(protocol, lambda: embedder, "weights", out, num_threads=threads)
             evaluate_templates(protocol, features.feature_N2D, Setting())
-        return {"network": alone, "whole": time.perf_counter() - start}
+
+    def answer() -> dict:
+        _, alone = timed(lambda: embedder.start(images, "both").result())
+        return {"network": alone, "whole": timed(whole)[1]}
 
     return answer, {"engine": embedder.engine, "precision": embedder.precision}
 
 
 def commands(sides: tuple[str, ...], network: str, folder: Path, threads: int) -> dict[str, list]:
     """The child of each side."""
-    return {side: [__file__, "--child", side, network, folder, "--threads", threads] for side in sides}
+    return {side: [__file__, "--child", side, network, folder, threads] for side in sides}
 
 
 def measure(network: str, num_images: int, runs: int, threads: int) -> list[dict]:
@@ -166,12 +157,10 @@ def measure(network: str, num_images: int, runs: int, threads: int) -> list[dict
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         kind = make_weights(network, folder, num_images)
-        rates = {side: [] for side in SIDES}
         with started(commands(SIDES, network, folder, threads), threads) as children:
             told = {side: child.told for side, child in children.items()}
-            for _ in range(runs + 1):  # the first turn of each side is warm-up
-                for side, child in children.items():
-                    rates[side].append(num_images / child.turn()["seconds"])
+            turns = take_turns(children, runs, warm_up=1)
+        rates = {side: [num_images / turn["seconds"] for turn in turns[side]] for side in SIDES}
         found = {side: np.load(folder / f"{side}.npy").astype(np.float64) for side in SIDES}
     scale = max(1.0, float(np.abs(found["pytorch"]).max()))
     difference = max(float(np.abs(found["fp32"] - found[side]).max()) for side in PEERS)
@@ -184,8 +173,7 @@ def measure(network: str, num_images: int, runs: int, threads: int) -> list[dict
 
     def compared(ours: str, side: str, name: str, peer_name: str, **more: object) -> dict:
         more |= {"images": kind, "largest_difference": difference, **told[ours]}
-        values = rates[ours][1:], rates[side][1:]
-        return case(f"embed/{network}/{name}", "images_s", *values, peer_name, paired=True, **more)
+        return case(f"embed/{network}/{name}", "images_s", rates[ours], rates[side], peer_name, paired=True, **more)
 
     cases = [compared("fp32" if side == "predictor" else best, side, side, PEERS[side]) for side in PEERS]
     if reduced:
@@ -200,8 +188,7 @@ def measure_ijb(network: str, runs: int, threads: int) -> dict:
         folder = Path(name)
         make_weights(network, folder, 1)
         with started(commands(("ijb",), network, folder, threads), threads) as children:
-            times = [children["ijb"].turn() for _ in range(runs + 1)][1:]
-            told = children["ijb"].told
+            times, told = take_turns(children, runs, warm_up=1)["ijb"], children["ijb"].told
     alone, whole = ([one[key] for one in times] for key in ("network", "whole"))
     ratios = [a / b for a, b in zip(alone, whole, strict=True)]
     overhead = statistics.median(whole) / statistics.median(alone) - 1
@@ -210,7 +197,6 @@ def measure_ijb(network: str, runs: int, threads: int) -> dict:
     return case("ijb/crops_to_table", "seconds", whole, alone, "the network alone", smaller=True, **more)
 
 
-@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
@@ -220,15 +206,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--runs", type=int, default=5, help="measured turns, after one that is not")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
     parser.add_argument("--ijb-network", default="iresnet50", choices=(*networks, "none"), help="of ijb/crops_to_table")
-    parser.add_argument("--child", nargs=3, metavar=("SIDE", "NETWORK", "FOLDER"), help=argparse.SUPPRESS)
-    args = read_options(parser, argv)
-    if args.child:
-        run_child(args.child[0], args.child[1], Path(args.child[2]), args.threads)
-        return
-    cases = [found for network in args.networks for found in measure(network, args.images, args.runs, args.threads)]
-    if args.ijb_network != "none":
-        cases.append(measure_ijb(args.ijb_network, max(1, args.runs // 2), args.threads))
-    write_report(args.json, cases, f"{args.threads} threads a side", (*PACKAGES, "openvino"))
+
+    def measure_all(args) -> list[dict]:
+        cases = [found for network in args.networks for found in measure(network, args.images, args.runs, args.threads)]
+        if args.ijb_network != "none":
+            cases.append(measure_ijb(args.ijb_network, max(1, args.runs // 2), args.threads))
+        return cases
+
+    run(parser, argv, measure_all, "{threads} threads a side", (*PACKAGES, "openvino"), run_child)
 
 
 if __name__ == "__main__":

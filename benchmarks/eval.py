@@ -11,11 +11,9 @@ Each measurement of the template paths is a process of its own; ``peak_mb`` is t
 what it held once the features and lists were loaded.
 """
 
-import argparse
 import heapq
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,12 +27,12 @@ from sklearn.metrics import roc_curve
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import normalize
 
-from benchmarks.common import ROOT, build_parser, case, read_options, write_report
+from benchmarks.common import build_parser, case, run, timed, told_by
 from eval.identification import cmc, pair_recall
 from eval.metrics import ACCURACY_GRID, FARS, VAL_GRID, tar_at_far, verification_metrics
 from eval.search import search
 from eval.templates import pool_templates, score_pairs
-from utils.errors import UserError, one_line_errors
+from utils.errors import UserError
 from utils.system import peak_bytes, reset_peak
 
 NUM_IMAGES, NUM_GALLERY, NUM_PROBES = 469_375, 3_531, 19_593
@@ -175,25 +173,11 @@ def our_verification(embedding_ND, same_P):
     return [m.accuracy, m.accuracy_std, m.val, m.val_std, m.far, *m.tpr_K.tolist(), *m.fpr_K.tolist()]
 
 
-def timed(function, *arguments) -> dict:
+def watched(function, *arguments) -> dict:
     """Seconds, those of all threads (they tell a busy machine from slow code) and the figures found."""
-    start, cpu_start = time.perf_counter(), time.process_time()
-    figures = function(*arguments)
-    cpu_seconds = time.process_time() - cpu_start
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds, "figures": figures}
-
-
-def work(name: str, folder: Path) -> dict:
-    """One measurement, in a process of its own: seconds, peak memory and the figures found."""
-    case, side = name.split(":")
-    load = {key: np.load(folder / f"{key}.npy") for key in CASE_ARRAYS[case]}
-    if case == "one_to_n":
-        template_T, pooled_TD = pool_templates(load["feature"], load["template"], load["media"])
-        rows = [np.searchsorted(template_T, load[key]) for key in ("gallery", "probe")]
-        load = {"gallery": pooled_TD[rows[0]], "probe": pooled_TD[rows[1]], "mate": load["probe_subject"]}
-    held = reset_peak()
-    found = timed(FUNCTIONS[case, side], *load.values())
-    return found | {"peak_mb": (peak_bytes() - held) / 2**20}  # the kernel's own record: nothing runs beside it
+    cpu_start = time.process_time()
+    figures, seconds = timed(function, *arguments)
+    return {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_start, "figures": figures}
 
 
 CASE_ARRAYS = {
@@ -201,19 +185,21 @@ CASE_ARRAYS = {
     "one_to_n": ("feature", "template", "media", "gallery", "probe", "probe_subject"),
 }
 FUNCTIONS = {
-    ("features_to_table", "ours"): our_table,
-    ("features_to_table", "peer"): peer_table,
-    ("one_to_n", "ours"): our_identification,
-    ("one_to_n", "peer"): peer_identification,
+    "features_to_table": {"ours": our_table, "peer": peer_table},
+    "one_to_n": {"ours": our_identification, "peer": peer_identification},
 }
 
 
-def run_worker(case: str, side: str, folder: Path) -> dict:
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", f"{case}:{side}", "--folder", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=False)
-    if done.returncode != 0:
-        raise UserError(f"{case}, {side}: the measuring process ended with status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+def run_child(case: str, side: str, folder: str) -> None:
+    """One measurement, in a process of its own: seconds, peak memory and the figures found."""
+    load = {key: np.load(Path(folder, f"{key}.npy")) for key in CASE_ARRAYS[case]}
+    if case == "one_to_n":
+        template_T, pooled_TD = pool_templates(load["feature"], load["template"], load["media"])
+        rows = [np.searchsorted(template_T, load[key]) for key in ("gallery", "probe")]
+        load = {"gallery": pooled_TD[rows[0]], "probe": pooled_TD[rows[1]], "mate": load["probe_subject"]}
+    held = reset_peak()
+    found = watched(FUNCTIONS[case][side], *load.values())
+    print(json.dumps(found | {"peak_mb": (peak_bytes() - held) / 2**20}))  # the kernel's own record
 
 
 def compare(name: str, ours: list[dict], peer: list[dict], metrics: tuple[str, ...]) -> list[dict]:
@@ -242,42 +228,40 @@ def time_verification(runs: int, peer_runs: int, num_pairs: int = 6000) -> list[
     our_verification(embedding_ND[:200], same_P[:100])
     ours, peer = [], []
     for _ in range(peer_runs):  # in turns
-        ours += [timed(our_verification, embedding_ND, same_P) for _ in range(runs)]
-        peer.append(timed(peer_verification, embedding_ND, same_P))
+        ours += [watched(our_verification, embedding_ND, same_P) for _ in range(runs)]
+        peer.append(watched(peer_verification, embedding_ND, same_P))
     return compare("verification/6000", ours, peer, ("seconds",))
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> None:
-    """Run the cases and write the result file."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--cases", default="verification,one_to_n,features_to_table")
-    parser.add_argument("--scale", type=float, default=1.0, help="1 is full IJB-C size")
-    parser.add_argument(
-        "--runs", type=int, default=3, help="runs of our side before the peer's one run, and again after it"
-    )
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = read_options(parser, argv)
-    if args.worker:
-        print(json.dumps(work(args.worker, args.folder)))
-        return
+def measure(args) -> list[dict]:
+    """The cases that are asked for."""
     cases, rows = args.cases.split(","), []
     unknown = [case for case in cases if case not in ("verification", *CASE_ARRAYS)]
     if unknown or args.runs < 1 or not 0 < args.scale <= 1:
         raise UserError(f"--cases {args.cases}, --runs {args.runs}, --scale {args.scale}: known cases, >= 1, in (0, 1]")
     if "verification" in cases:
         rows += time_verification(max(5, args.runs), 3)
-    if set(cases) & set(CASE_ARRAYS):
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            make_problem(folder, args.scale)
-            for case in (case for case in CASE_ARRAYS if case in cases):
-                ours = [run_worker(case, "ours", folder) for _ in range(args.runs)]
-                peer = [run_worker(case, "peer", folder)]
-                ours += [run_worker(case, "ours", folder) for _ in range(args.runs)]
-                rows += compare(f"ijb/{case}", ours, peer, ("seconds", "peak_mb"))
-    write_report(args.json, rows, "all threads on both sides", ("numpy", "scikit-learn"))
+    with tempfile.TemporaryDirectory() as folder:
+        if set(cases) & set(CASE_ARRAYS):
+            make_problem(Path(folder), args.scale)
+        for case in (case for case in CASE_ARRAYS if case in cases):
+            turns = ["ours"] * args.runs + ["peer"] + ["ours"] * args.runs
+            found = [
+                told_by(f"{case}, {side}", [__file__, "--child", case, side, folder], threads=None) for side in turns
+            ]
+            peer = found.pop(args.runs)
+            rows += compare(f"ijb/{case}", found, [peer], ("seconds", "peak_mb"))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the cases and write the result file."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--cases", default="verification,one_to_n,features_to_table")
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is full IJB-C size")
+    runs_help = "runs of our side before the peer's one run, and again after it"
+    parser.add_argument("--runs", type=int, default=3, help=runs_help)
+    run(parser, argv, measure, "all threads on both sides", ("numpy", "scikit-learn"), run_child)
 
 
 if __name__ == "__main__":

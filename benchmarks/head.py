@@ -8,15 +8,13 @@ the child's peak RSS above what it held after its imports, so weights and moment
 run without the peer, which would need more memory than this is meant for.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import ROOT, build_parser, case, read_options, serve, started, write_report
-from utils.errors import one_line_errors
+from benchmarks.common import ROOT, build_parser, case, measured, run, serve
 from utils.system import peak_bytes, reset_peak
 
 CASES = ("85742/1.0/128", "85742/0.1/128", "1000000/0.1/128", "2000000/0.05/256")
@@ -24,41 +22,36 @@ OURS_ONLY = ("2000000/0.05/256",)
 DIM = 512
 
 
-@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=CASES, metavar="CLASSES/RATE/BATCH")
     parser.add_argument("--steps", type=int, default=7, help="measured steps, after two that are not")
     parser.add_argument("--threads", type=int, default=2, help="threads of each side")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = read_options(parser, argv)
-    if args.child:
-        run_child(args.child, args.threads)
-        return
-    cases = [found for name in args.cases for found in measure(name, args.steps, args.threads)]
-    write_report(args.json, cases, f"{args.threads} threads a side")
+
+    def measure_all(args) -> list[dict]:
+        return [found for name in args.cases for found in measure(name, args.steps, args.threads)]
+
+    run(parser, argv, measure_all, "{threads} threads a side", child=run_child)
 
 
 def measure(name: str, num_steps: int, threads: int) -> list[dict]:
     """Both sides of one case, step by step in turn; its ``step_ms`` and ``peak_mb``."""
-    commands = {"ours": [__file__, "--child", name, "--threads", threads]}
+    commands = {"ours": [__file__, "--child", name, threads]}
     if name not in OURS_ONLY:
         commands["peer"] = [ROOT / "benchmarks" / "peer_head.py", *name.split("/"), DIM, threads]
-    with started(commands, threads) as sides:
-        rounds = [{side: child.turn() for side, child in sides.items()} for _ in range(num_steps + 2)][2:]
+    turns = measured(commands, num_steps, 2, threads=threads)
 
-    def values(side: str, key: str, scale: float) -> list[float] | None:
-        return [turn[side][key] * scale for turn in rounds] if side in commands else None
+    def values(key: str, scale: float) -> list:
+        return [[turn[key] * scale for turn in turns[side]] if side in turns else None for side in ("ours", "peer")]
 
-    steps, peaks = ([values(side, *of) for side in ("ours", "peer")] for of in (("seconds", 1e3), ("peak", 1e-6)))
     return [
-        case(f"head/{name}", "step_ms", *steps, "pytorch", smaller=True),
-        case(f"head/{name}", "peak_mb", *peaks, "pytorch", smaller=True, middle=max),
+        case(f"head/{name}", "step_ms", *values("seconds", 1e3), "pytorch", smaller=True),
+        case(f"head/{name}", "peak_mb", *values("peak", 1e-6), "pytorch", smaller=True, middle=max),
     ]
 
 
-def run_child(name: str, threads: int) -> None:
+def run_child(name: str, threads: str) -> None:
     """Our side: one head, a step for each line of input."""
     import numpy as np
     import paddle
@@ -70,7 +63,7 @@ def run_child(name: str, threads: int) -> None:
     base = reset_peak()
     num_classes, rate, batch = (kind(value) for kind, value in zip((int, float, int), name.split("/"), strict=True))
     rng = np.random.default_rng(0)
-    head = PartialFC(num_classes, DIM, build_margin("arcface"), sample_rate=rate, num_threads=threads)
+    head = PartialFC(num_classes, DIM, build_margin("arcface"), sample_rate=rate, num_threads=int(threads))
 
     def step(_: str) -> float:
         embedding = paddle.to_tensor(rng.standard_normal([batch, DIM], dtype=np.float32), stop_gradient=False)

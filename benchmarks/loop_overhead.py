@@ -9,7 +9,6 @@ second of the machine hits both; a round is 200 updates of each, one checkpoint 
 the rounds of ours over the bare loop's images a second. Verification is off the clock: there is none. The bar is 0.97.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -22,8 +21,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import build_parser, case, read_options, started, write_report
-from utils.errors import POSITIVE, check_ranges, one_line_errors
+from benchmarks.common import build_parser, case, run, started
+from utils.errors import POSITIVE, check_ranges
 
 BAR = 0.97
 BATCH, TURN, ROUND = 16, 25, 200  # images an update, updates a turn and a round
@@ -60,7 +59,7 @@ class Turns:
             yield batch
 
 
-def child(kind: str, folder: Path, width: int) -> None:
+def child(kind: str, folder: str, width: str) -> None:
     """Serve turns: a line in is a turn, its seconds come out; end of input ends it."""
     import train
     from config import load_config
@@ -70,36 +69,27 @@ def child(kind: str, folder: Path, width: int) -> None:
 
     distributed.init("cpu")
     keep_freed_memory()
-    path = folder / f"{kind}.yaml"
-    path.write_text(CONFIG.format(batch=BATCH, output=folder / kind, width=width))
-    run = train.build(load_config(path))
+    path = Path(folder, f"{kind}.yaml")
+    path.write_text(CONFIG.format(batch=BATCH, output=Path(folder, kind), width=width))
+    parts = train.build(load_config(path))
     reply, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115 (the loop's own lines)
-    run.loader = Turns(run.loader, reply)
+    parts.loader = Turns(parts.loader, reply)
     if kind == "ours":
-        train.train(run)
-    for image, label in run.loader:
-        run.head(run.replica(image), label).backward()
-        norm = gradient_norm(list(run.optimizer.parameters.values()))
-        run.optimizer.step(0.01, clip_coefficient(norm, 5.0))
-        run.head.step(0.01)
-        run.optimizer.clear_grad()
+        train.train(parts)
+    for image, label in parts.loader:
+        parts.head(parts.replica(image), label).backward()
+        norm = gradient_norm(list(parts.optimizer.parameters.values()))
+        parts.optimizer.step(0.01, clip_coefficient(norm, 5.0))
+        parts.head.step(0.01)
+        parts.optimizer.clear_grad()
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> None:
-    """Command line entry."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="of 200 updates each")
-    parser.add_argument("--width", type=int, default=8, help="stem width of the network")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    args = read_options(parser, argv)
+def measure(args) -> list[dict]:
+    """Both sides, turn by turn."""
     check_ranges(args, rounds=POSITIVE)
-    if args.child:
-        child(args.child[0], Path(args.child[1]), args.width)
-        return
     rates = {"ours": [], "bare": []}  # images a second, round by round
     with tempfile.TemporaryDirectory(prefix="overhead_") as folder:
-        commands = {kind: [__file__, "--child", kind, folder, "--width", args.width] for kind in rates}
+        commands = {kind: [__file__, "--child", kind, folder, args.width] for kind in rates}
         with started(commands, threads=1) as children:
             for number in range(args.rounds):
                 seconds = dict.fromkeys(rates, 0.0)
@@ -113,7 +103,15 @@ def main(argv: list[str] | None = None) -> None:
     options = {"paired": True, "middle": statistics.harmonic_mean}
     found = case("loop/overhead", "images_s", rates["ours"], rates["bare"], "bare loop", **options)
     print(f"  ratio {found['ratio']:.3f} (bar {BAR})")
-    write_report(args.json, [found], "one thread a side", ("paddlepaddle", "numpy"))
+    return [found]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line entry."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="of 200 updates each")
+    parser.add_argument("--width", type=int, default=8, help="stem width of the network")
+    run(parser, argv, measure, "one thread a side", ("paddlepaddle", "numpy"), child)
 
 
 if __name__ == "__main__":

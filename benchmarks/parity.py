@@ -9,9 +9,7 @@ difference of the loss over all updates must stay below 1e-3. The learning rate 
 at 0.02 the first five updates agree to 1e-6 as well, but rounding has grown to 3e-2 of the loss by the twentieth.
 """
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,9 +19,7 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks.common import ROOT, build_parser, case, child_environment, rank_environments, read_options, write_report
-from utils.errors import one_line_errors
-from utils.launch import launch_command
+from benchmarks.common import ROOT, build_parser, case, run, told_by
 
 BOUND = 1e-3
 CONFIG = """
@@ -35,17 +31,8 @@ optim: {{lr: {lr}, weight_decay: {weight_decay}, clip_norm: {clip_norm}}}
 schedule: {{name: poly, warmup_steps: 20}}
 log: {{tensorboard: false}}
 """
-PLAN = {
-    "width": 8,
-    "input_size": 64,
-    "embedding_size": 128,
-    "num_classes": 500,
-    "global_batch": 16,
-    "s": 64.0,
-    "m": 0.5,
-    "weight_decay": 5e-4,
-    "clip_norm": 5.0,
-}
+PLAN = {"width": 8, "input_size": 64, "embedding_size": 128, "num_classes": 500, "global_batch": 16}
+PLAN |= {"s": 64.0, "m": 0.5, "weight_decay": 5e-4, "clip_norm": 5.0}
 
 
 def prepare(folder: Path, steps: int, lr: float) -> None:
@@ -59,13 +46,12 @@ def prepare(folder: Path, steps: int, lr: float) -> None:
     np.save(folder / "images.npy", np.stack([image for image, _ in samples]))
     np.save(folder / "labels.npy", np.array([label for _, label in samples], np.int64))
     schedule = LrSchedule("poly", lr, steps, steps, warmup_steps=20)
-    (folder / "plan.json").write_text(
-        json.dumps({**PLAN, "lr": [schedule(step) for step in range(steps)], "base_lr": lr})
-    )
+    plan = PLAN | {"lr": [schedule(step) for step in range(steps)], "base_lr": lr}
+    (folder / "plan.json").write_text(json.dumps(plan))
 
 
-def run_ours(folder: Path) -> None:
-    """A rank of ours (under the launcher or alone): writes ``init_<ranks>.npz`` and ``ours_<ranks>.json``."""
+def run_ours(name: str) -> None:
+    """A rank of ours: writes ``init_<ranks>.npz`` to the folder and tells the losses."""
     import paddle
 
     import train
@@ -73,6 +59,7 @@ def run_ours(folder: Path) -> None:
     from utils import distributed
     from utils.weights.states import torch_spelling
 
+    folder = Path(name)
     distributed.init("cpu")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     plan = json.loads((folder / "plan.json").read_text())
@@ -80,80 +67,58 @@ def run_ours(folder: Path) -> None:
     size = plan["global_batch"] // world_size
     values = {"lr": plan["base_lr"], "steps": len(plan["lr"]), "batch": size, "output": folder / f"run_{world_size}"}
     path.write_text(CONFIG.format(**plan | values))
-    run = train.build(load_config(path))
-    weight = np.concatenate(distributed.all_gather_object(run.head.export_weight()))
+    parts = train.build(load_config(path))
+    weight = np.concatenate(distributed.all_gather_object(parts.head.export_weight()))
     if rank == 0:
-        np.savez(folder / f"init_{world_size}.npz", **torch_spelling(run.replica.backbone), **{"head.weight": weight})
+        state = torch_spelling(parts.replica.backbone) | {"head.weight": weight}
+        np.savez(folder / f"init_{world_size}.npz", **state)
     images, labels = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy")
     losses = []
     for step, lr in enumerate(plan["lr"]):
         first = step * plan["global_batch"] + rank * size
         image = images[first : first + size].transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
         batch = paddle.to_tensor(image), paddle.to_tensor(labels[first : first + size])
-        losses.append(train.update(run, [batch], lr).loss)
-        run.progress.step += 1
-    run.log.close()
-    if rank == 0:
-        (folder / f"ours_{world_size}.json").write_text(json.dumps(losses))
+        losses.append(train.update(parts, [batch], lr).loss)
+        parts.progress.step += 1
+    parts.log.close()
+    print(json.dumps({"losses": losses}), flush=True)
 
 
 def compare(folder: Path, num_ranks: int) -> dict:
     """Both sides on so many ranks; the case for the report."""
-    ours = [sys.executable, __file__, "--child", str(folder)]
-    if num_ranks > 1:
-        ours = launch_command(num_ranks, __file__, ["--child", folder], folder / "log")
-    _run(ours, [child_environment(threads=1)])
-    _run([sys.executable, str(ROOT / "benchmarks" / "peer_train.py"), str(folder)], rank_environments(num_ranks))
-    ours, peer = (np.array(json.loads((folder / f"{side}_{num_ranks}.json").read_text())) for side in ("ours", "peer"))
+    scripts = {"ours": [__file__, "--child", folder], "peer": [ROOT / "benchmarks" / "peer_train.py", folder]}
+    told = [told_by(side, words, threads=1, num_ranks=num_ranks) for side, words in scripts.items()]
+    ours, peer = (np.array(side["losses"]) for side in told)
     relative = np.abs(ours - peer) / np.abs(peer)
-    found = case(
-        f"parity/loss/{num_ranks}",
-        "final_loss",
-        ours.tolist(),
-        peer.tolist(),
-        "pytorch",
-        smaller=True,
-        middle=lambda losses: losses[-1],
-        steps=len(relative),
-        first_loss=float(ours[0]),
-        max_relative_difference=float(relative.max()),
-        at_step=int(relative.argmax()) + 1,
-    )
+    more = {
+        "steps": len(relative),
+        "first_loss": float(ours[0]),
+        "max_relative_difference": float(relative.max()),
+        "at_step": int(relative.argmax()) + 1,
+    }
+    options = {"smaller": True, "middle": lambda losses: losses[-1]}
+    found = case(f"parity/loss/{num_ranks}", "final_loss", ours.tolist(), peer.tolist(), "pytorch", **options, **more)
     print(
-        f"  largest relative difference {found['max_relative_difference']:.2e} at step {found['at_step']} of "
-        f"{found['steps']} ({'within' if found['max_relative_difference'] <= BOUND else 'ABOVE'} {BOUND:g})",
+        f"  largest relative difference {relative.max():.2e} at step {found['at_step']} of {len(relative)} "
+        f"({'within' if relative.max() <= BOUND else 'ABOVE'} {BOUND:g})",
         flush=True,
     )
     return found | {"runs": 1}
 
 
-def _run(command: list[str], environments: list[dict[str, str]]) -> None:
-    """Start a process for each environment, wait for all; their output only if one fails."""
-    started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for environment in environments
-    ]
-    outputs = [child.communicate()[0] for child in started]
-    if any(child.returncode for child in started):
-        raise SystemExit("\n".join(output[-3000:] for output in outputs))
-
-
-@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
     parser = build_parser(__doc__)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = read_options(parser, argv)
-    if args.child:
-        run_ours(args.child)
-        return
-    with tempfile.TemporaryDirectory(prefix="parity_") as name:
-        prepare(Path(name), args.steps, args.lr)
-        cases = [compare(Path(name), num_ranks) for num_ranks in args.ranks]
-    write_report(args.json, cases, "one thread a rank")
+
+    def measure(args) -> list[dict]:
+        with tempfile.TemporaryDirectory(prefix="parity_") as name:
+            prepare(Path(name), args.steps, args.lr)
+            return [compare(Path(name), num_ranks) for num_ranks in args.ranks]
+
+    cases = run(parser, argv, measure, "one thread a rank", child=run_ours)
     if any(found["max_relative_difference"] > BOUND for found in cases):
         raise SystemExit(1)
 

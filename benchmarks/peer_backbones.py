@@ -30,9 +30,9 @@ class Block(nn.Module):
 
 
 class IResNet(nn.Module):
-    """[B, 3, 112, 112] -> [B, embedding_size]."""
+    """[B, 3, input_size, input_size] -> [B, embedding_size]; the last scale is fixed, as arcface_torch has it."""
 
-    def __init__(self, depths: tuple[int, ...], width: int = 64, embedding_size: int = 512):
+    def __init__(self, depths: tuple[int, ...], width: int = 64, embedding_size: int = 512, input_size: int = 112):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -45,9 +45,9 @@ class IResNet(nn.Module):
             num_in = num_out
         self.bn2 = nn.BatchNorm2d(num_in)
         self.dropout = nn.Dropout(0.0)
-        self.fc = nn.Linear(num_in * 49, embedding_size)
+        self.fc = nn.Linear(num_in * (input_size // 16) ** 2, embedding_size)
         self.features = nn.BatchNorm1d(embedding_size)
-        nn.init.constant_(self.features.weight, 1.0)
+        self.features.weight.requires_grad = False
 
     def forward(self, x):
         x = self.prelu(self.bn1(self.conv1(x)))
@@ -169,11 +169,11 @@ class ViT(nn.Module):
         return self.feature(self.norm(x).flatten(1))
 
 
-DEPTHS = {
-    "iresnet18": (2, 2, 2, 2),
-    "iresnet34": (3, 4, 6, 3),
-    "iresnet50": (3, 4, 14, 3),
-    "iresnet100": (3, 13, 30, 3),
+NETWORKS = {
+    "iresnet18": partial(IResNet, (2, 2, 2, 2)),
+    "iresnet34": partial(IResNet, (3, 4, 6, 3)),
+    "iresnet50": partial(IResNet, (3, 4, 14, 3)),
+    "iresnet100": partial(IResNet, (3, 13, 30, 3)),
+    "mobilefacenet": MobileFaceNet,
+    "vit_t": ViT,
 }
-NETWORKS = {name: partial(IResNet, depths) for name, depths in DEPTHS.items()}
-NETWORKS |= {"mobilefacenet": MobileFaceNet, "vit_t": ViT}

@@ -1,124 +1,69 @@
-"""A PyTorch training loop as arcface_torch has it, on one or more gloo ranks: the peer of ``benchmarks/parity.py``.
+"""A PyTorch training loop as arcface_torch has it, on one or more gloo ranks: the peer of our training.
 
-Written for this comparison. Per update: DistributedDataParallel backbone (running statistics not broadcast), features
-and labels of all ranks gathered, class rows sharded over ranks, normalised product, clamp, margin on the targets
-without gradient, softmax over the classes of all ranks (all-reduced maximum and sum), the gathered features' gradient
-summed over ranks and multiplied by their number, global-norm clip of the backbone, one SGD with momentum and decay.
+Written for this comparison. Per update: DistributedDataParallel backbone (running statistics not broadcast), the head
+of ``benchmarks/peer_head.py``, global-norm clip of the backbone, one SGD with momentum and decay for backbone and class
+rows.
 
-    python benchmarks/peer_train.py FOLDER        (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set)
+    python benchmarks/peer_train.py FOLDER        the loss curve of ``benchmarks/parity.py``
+    python benchmarks/peer_train.py NETWORK BATCH CLASSES RATE [WIDTH SIZE DIM]        an update a line of input
+
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from peer_backbones import IResNet
-from torch.nn.functional import linear, normalize
+
+from benchmarks.common import serve
+from benchmarks.peer_backbones import NETWORKS
+from benchmarks.peer_head import class_rows, head_loss
+
+SHAPE = ("width", "input_size", "embedding_size")
 
 
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks; backward sums what all ranks say about mine, times their number."""
+class Training:
+    """Backbone, this rank's class rows [N, D] and their optimiser; ``margin``: further arguments of the head."""
 
-    @staticmethod
-    def forward(ctx, x):
-        ctx.batch = len(x)
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def __init__(self, backbone, weight, start: int, *, weight_decay: float = 5e-4, clip_norm: float = 5.0, **margin):
+        self.weight, self.start, self.clip_norm, self.margin = torch.nn.Parameter(weight), start, clip_norm, margin
+        self.model = backbone.train()
+        if dist.get_world_size() > 1:
+            self.model = torch.nn.parallel.DistributedDataParallel(backbone, broadcast_buffers=False)
+        self.trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+        groups = [{"params": self.trained}, {"params": [self.weight]}]
+        self.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, weight_decay=weight_decay)
 
-    @staticmethod
-    def backward(ctx, upstream):
-        upstream = upstream.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(upstream)
-        start = dist.get_rank() * ctx.batch
-        return upstream[start : start + ctx.batch] * dist.get_world_size()
-
-
-class _SoftmaxLoss(torch.autograd.Function):
-    """Mean cross-entropy over logits whose classes lie on all ranks; label -1 where the class is elsewhere."""
-
-    @staticmethod
-    def forward(ctx, logits, label):
-        top = logits.max(dim=1, keepdim=True).values
-        dist.all_reduce(top, dist.ReduceOp.MAX)
-        prob = (logits - top).exp()
-        total = prob.sum(dim=1, keepdim=True)
-        dist.all_reduce(total)
-        prob /= total
-        mine = torch.nonzero(label >= 0).squeeze(1)
-        own = torch.zeros(len(label))
-        own[mine] = prob[mine, label[mine]]
-        dist.all_reduce(own)
-        ctx.save_for_backward(prob, label, mine)
-        return -own.clamp_min(1e-30).log().mean()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        prob, label, mine = ctx.saved_tensors
-        gradient = prob.clone()
-        gradient[mine, label[mine]] -= 1
-        return gradient / len(label) * upstream, None
+    def update(self, image, label, lr: float = 0.01) -> float:
+        """One update; the loss is read, as arcface_torch does for its log."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = head_loss(self.model(image), label, self.weight, self.start, **self.margin)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
 
 
-def head_loss(embedding, label, weight, start: int, rate: float = 1.0, s: float = 64.0, m: float = 0.5):
-    """Loss of the global batch from this rank's class rows [N, D]; below rate 1 from a draw of them.
-
-    The draw is that of Partial FC v2: random scores, positives on top, top-k, sort.
-    """
-    features = _Gather.apply(embedding)
-    labels = [torch.empty_like(label) for _ in range(dist.get_world_size())]
-    dist.all_gather(labels, label)
-    label = torch.cat(labels) - start
-    elsewhere = (label < 0) | (label >= len(weight))
-    if rate < 1:
-        with torch.no_grad():
-            positive = torch.unique(label[~elsewhere], sorted=True)
-            score = torch.rand(len(weight))
-            score[positive] = 2.0
-            index = score.topk(int(rate * len(weight))).indices.sort().values
-            label = torch.searchsorted(index, label)
-        weight = weight[index]
-    label[elsewhere] = -1
-    logits = linear(normalize(features), normalize(weight)).clamp(-1, 1)
-    with torch.no_grad():
-        rows = torch.nonzero(label >= 0).squeeze(1)
-        cos = logits[rows, label[rows]]
-        logits[rows, label[rows]] = cos * math.cos(m) - torch.sqrt(1 - cos * cos) * math.sin(m)
-    return _SoftmaxLoss.apply(logits * s, label)
-
-
-def class_rows(num_classes: int) -> slice:
-    """This rank's classes, contiguous in rank order."""
-    base, more = divmod(num_classes, dist.get_world_size())
-    start = base * dist.get_rank() + min(dist.get_rank(), more)
-    return slice(start, start + base + (dist.get_rank() < more))
-
-
-def main() -> None:
-    """Train and write ``peer_<ranks>.json``."""
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
+def loss_curve(folder: Path) -> None:
+    """Train as ``plan.json`` says, from ``init_<ranks>.npz``; tells the losses."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     plan = json.loads((folder / "plan.json").read_text())
-    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     state = {name: torch.tensor(value) for name, value in np.load(folder / f"init_{world_size}.npz").items()}
     whole = state.pop("head.weight")
-    backbone = IResNet((2, 2, 2, 2), plan["width"], plan["embedding_size"])
-    backbone.fc = torch.nn.Linear(plan["width"] * 8 * (plan["input_size"] // 16) ** 2, plan["embedding_size"])
+    backbone = NETWORKS["iresnet18"](**{key: plan[key] for key in SHAPE})
     backbone.load_state_dict(state)
-    backbone.features.weight.requires_grad = False
-    backbone.train()
     mine = class_rows(len(whole))
-    weight = torch.nn.Parameter(whole[mine].clone())
-    model = torch.nn.parallel.DistributedDataParallel(backbone, broadcast_buffers=False)
-    trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    groups = [{"params": trained}, {"params": [weight]}]
-    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=plan["weight_decay"])
+    options = {key: plan[key] for key in ("weight_decay", "clip_norm", "s", "m")}
+    training = Training(backbone, whole[mine].clone(), mine.start, **options)
     images, labels = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy")
     size = plan["global_batch"] // world_size
     losses = []
@@ -126,19 +71,37 @@ def main() -> None:
         first = step * plan["global_batch"] + rank * size
         # Contiguous: torch 2.13's convolutions crash in backward on the channels-last strides that a transpose leaves.
         image = np.ascontiguousarray(images[first : first + size].transpose(0, 3, 1, 2), np.float32) / 127.5 - 1.0
-        image = torch.tensor(image)
-        label = torch.tensor(labels[first : first + size])
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = head_loss(model(image), label, weight, mine.start, s=plan["s"], m=plan["m"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, plan["clip_norm"])
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    if rank == 0:
-        (folder / f"peer_{world_size}.json").write_text(json.dumps(losses))
+        losses.append(training.update(torch.tensor(image), torch.tensor(labels[first : first + size]), lr))
+    print(json.dumps({"losses": losses}), flush=True)
+    dist.barrier()  # a rank that leaves early breaks the connections of one that does not
+
+
+def serve_updates(network: str, batch: str, num_classes: str, rate: str, *shape: str) -> None:
+    """An update of random images for each line of input."""
+    batch, num_classes, given = int(batch), int(num_classes), dict(zip(SHAPE, map(int, shape), strict=False))
+    torch.manual_seed(0)
+    mine = class_rows(num_classes)
+    weight = torch.normal(0, 0.01, (mine.stop - mine.start, given.get("embedding_size", 512)))
+    training = Training(NETWORKS[network](**given), weight, mine.start, rate=float(rate))
+    rng = np.random.default_rng(dist.get_rank())
+    image = rng.integers(0, 256, (batch, 3, *[given.get("input_size", 112)] * 2), dtype=np.uint8)
+
+    def step(_: str) -> None:
+        label = torch.from_numpy(rng.integers(0, num_classes, batch))
+        training.update(torch.from_numpy(image).float().mul_(2 / 255).sub_(1), label)
+
+    serve(step)
+
+
+def main(words: list[str]) -> None:
+    """One rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if len(words) == 1:
+        loss_curve(Path(words[0]))
+    else:
+        serve_updates(*words)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,10 +10,8 @@ bare decoder (encoded bytes in memory, pixels thrown away) 1 is the ceiling.
 mxnet runs in an environment of its own (``make .venv-mxnet``); without it its case is left out, with a warning.
 """
 
-import argparse
 import io
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -27,16 +25,16 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks.common import ROOT, build_parser, case, read_options, write_report
-from utils.errors import one_line_errors
+from benchmarks.common import ROOT, Side, build_parser, case, run, timed
 
 MXNET_PYTHON = ROOT / ".venv-mxnet" / "bin" / "python"
 
 MXNET_LOOP = """
-import os, sys, threading, time
+import json, os, sys, threading, time
 import mxnet as mx, numpy as np
 rec, idx, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 keys = mx.recordio.MXIndexedRecordIO(idx, rec, "r").keys
+print("{}", flush=True)
 readers = [mx.recordio.MXIndexedRecordIO(idx, rec, "r") for _ in range(threads)]
 def work(reader, part):
     for key in part:
@@ -48,11 +46,11 @@ for line in sys.stdin:
     started = time.perf_counter()
     pool = [threading.Thread(target=work, args=pair) for pair in zip(readers, parts)]
     [thread.start() for thread in pool]; [thread.join() for thread in pool]
-    print("rate", len(order) / (time.perf_counter() - started), flush=True)
+    print(json.dumps({"rate": len(order) / (time.perf_counter() - started)}), flush=True)
 """
 
 OPEN_INDEX = """
-import sys, time
+import json, sys, time
 {load}
 def peak():  # ru_maxrss would still hold the parent's size
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -60,7 +58,7 @@ before = peak()
 started = time.perf_counter()
 reader = recordio.MXIndexedRecordIO(sys.argv[1], sys.argv[2], "r")
 seconds = time.perf_counter() - started
-print(seconds, (peak() - before) / 1024, len(reader.keys))
+print(json.dumps({{"seconds": seconds, "peak_mb": (peak() - before) / 1024}}))
 """
 
 
@@ -97,16 +95,19 @@ def index_of_shards(folder: Path, copies: int = 20) -> dict:
     from utils.data.shards import index_shard
 
     shards = sorted(folder.glob("*.tar"))
-    started = time.perf_counter()
-    members = 2 * sum(len(index_shard(path)[0]) for _ in range(copies) for path in shards)
-    ours = members / (time.perf_counter() - started)
-    started = time.perf_counter()
-    theirs = 0
-    for path in shards:
-        with tarfile.open(path) as archive:
-            theirs += len(archive.getmembers())
-    peer = theirs / (time.perf_counter() - started)
-    return case("reader/wds_index", "members_s", [ours], [peer], "tarfile.getmembers, labels not read", paired=True)
+
+    def ours() -> int:
+        return 2 * sum(len(index_shard(path)[0]) for _ in range(copies) for path in shards)
+
+    def peer() -> int:
+        members = 0
+        for path in shards:
+            with tarfile.open(path) as archive:
+                members += len(archive.getmembers())
+        return members
+
+    rates = ([members / seconds] for members, seconds in (timed(ours), timed(peer)))
+    return case("reader/wds_index", "members_s", *rates, "tarfile.getmembers, labels not read", paired=True)
 
 
 def bare_decode(source: object, threads: int) -> Callable[[int], float]:
@@ -122,9 +123,7 @@ def bare_decode(source: object, threads: int) -> Callable[[int], float]:
     def run(seed: int) -> float:
         parts = np.array_split(np.random.default_rng(seed).permutation(len(encoded)), threads)
         with ThreadPoolExecutor(threads) as pool:
-            started = time.perf_counter()
-            list(pool.map(work, parts))
-            return len(encoded) / (time.perf_counter() - started)
+            return len(encoded) / timed(lambda: list(pool.map(work, parts)))[1]
 
     return run
 
@@ -133,13 +132,8 @@ def our_loader(source: object, threads: int, batch_size: int, normalize: bool) -
     """Images a second of our loader, from the first batch on (starting the workers is not counted for anybody)."""
     from utils.data.loader import build_train_loader
 
-    def run(seed: int) -> float:
-        loader = build_train_loader(
-            source, batch_size, normalize=normalize, flip=normalize, num_threads=threads, seed=seed
-        )
-        return _rate(loader, batch_size)
-
-    return run
+    options = {"normalize": normalize, "flip": normalize, "num_threads": threads}
+    return lambda seed: _rate(build_train_loader(source, batch_size, seed=seed, **options), batch_size)
 
 
 class PlainSource:
@@ -173,9 +167,7 @@ def paddle_loader(source: object, workers: int, batch_size: int, normalize: bool
             image, label = source[i]
             if normalize:
                 image = image[:, ::-1] if image.sum() % 2 else image
-                image = ((image.transpose(2, 0, 1) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)).astype(
-                    "float32"
-                )
+                image = (image.transpose(2, 0, 1) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
             return image, label
 
     def run(seed: int) -> float:
@@ -199,18 +191,9 @@ def _rate(loader: object, batch_size: int) -> float:
 
 def mxnet_loop(folder: Path, threads: int) -> Callable[[int], float]:
     """``read_idx`` and ``imdecode`` of the real mxnet, a reader a thread."""
-    command = [str(MXNET_PYTHON), "-c", MXNET_LOOP, str(folder / "train.rec"), str(folder / "train.idx"), str(threads)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(seed: int) -> float:
-        process.stdin.write(f"{seed}\n")
-        process.stdin.flush()
-        for line in process.stdout:
-            if line.startswith("rate"):
-                return float(line.split()[1])
-        raise RuntimeError(f"mxnet ended with status {process.wait()}")
-
-    return run
+    words = ["-c", MXNET_LOOP, folder / "train.rec", folder / "train.idx", threads]
+    side = Side("mxnet", words, python=MXNET_PYTHON)
+    return lambda seed: side.turn(seed)["rate"]
 
 
 def open_index(folder: Path, lines: int) -> list[dict]:
@@ -220,25 +203,23 @@ def open_index(folder: Path, lines: int) -> list[dict]:
     offsets = np.cumsum(np.random.default_rng(0).integers(2000, 4000, lines) * 4).tolist()
     with open(idx, "w") as file:
         file.writelines(f"{key}\t{offset}\n" for key, offset in enumerate(offsets))
+    ours = f"sys.path.insert(0, {str(ROOT)!r})\nfrom mxnet_reader import recordio"
+    sides = {"ours": (sys.executable, ours), "mxnet": (MXNET_PYTHON, "from mxnet import recordio")}
     found = {}
-    for name, python, load in (
-        ("ours", sys.executable, f"sys.path.insert(0, {str(ROOT)!r})\nfrom mxnet_reader import recordio"),
-        ("mxnet", str(MXNET_PYTHON), "from mxnet import recordio"),
-    ):
-        if not Path(python).exists():
-            continue
-        command = [python, "-W", "ignore", "-c", OPEN_INDEX.format(load=load), str(idx), str(rec)]
-        runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(3)]
-        found[name] = [[float(run[column]) for run in runs] for column in (0, 1)]
+    for name, (python, load) in sides.items():
+        if Path(python).exists():
+            words = ["-W", "ignore", "-c", OPEN_INDEX.format(load=load), idx, rec]
+            found[name] = [Side(name, words, python=python).told for _ in range(3)]
     idx.unlink()
-    cases = []
-    for column, metric in enumerate(("seconds", "peak_mb")):
-        ours, peer = found["ours"][column], found.get("mxnet", [None, None])[column]
-        cases.append(case(f"reader/open_index/{lines}", metric, ours, peer, "mxnet", smaller=True, paired=True))
-    return cases
+
+    def measured(metric: str) -> dict:
+        values = ([told[metric] for told in found[name]] if name in found else None for name in sides)
+        return case(f"reader/open_index/{lines}", metric, *values, "mxnet", smaller=True, paired=True)
+
+    return [measured("seconds"), measured("peak_mb")]
 
 
-def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
+def measure(folder: Path, args) -> list[dict]:
     """All contestants in turn, ``args.runs`` rounds."""
     from dataset import FaceRecordDataset, ShardDataset
 
@@ -247,14 +228,15 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     size = (folder / "train.rec").stat().st_size / args.images / 1024
     print(f"{args.images} records of {size:.1f} KiB, {args.threads} threads, batches of {args.batch_size}", flush=True)
     make_shards(folder, source)
+    ours, theirs = (args.threads, args.batch_size), (2, args.batch_size)
     contestants = {
         "decode": bare_decode(source, args.threads),
-        "ours": our_loader(source, args.threads, args.batch_size, normalize=False),
-        "wds": our_loader(ShardDataset(folder), args.threads, args.batch_size, normalize=False),
-        "dataloader": paddle_loader(source, 2, args.batch_size, normalize=False),
-        "dataloader_plain": paddle_loader(PlainSource(folder), 2, args.batch_size, normalize=False),
-        "ours_float": our_loader(source, args.threads, args.batch_size, normalize=True),
-        "dataloader_float": paddle_loader(source, 2, args.batch_size, normalize=True),
+        "ours": our_loader(source, *ours, normalize=False),
+        "wds": our_loader(ShardDataset(folder), *ours, normalize=False),
+        "dataloader": paddle_loader(source, *theirs, normalize=False),
+        "dataloader_plain": paddle_loader(PlainSource(folder), *theirs, normalize=False),
+        "ours_float": our_loader(source, *ours, normalize=True),
+        "dataloader_float": paddle_loader(source, *theirs, normalize=True),
     }
     if MXNET_PYTHON.exists():
         contestants["mxnet"] = mxnet_loop(folder, args.threads)
@@ -266,30 +248,19 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     for turn in range(args.runs):
         for name, contestant in contestants.items():
             rates[name].append(contestant(turn + 1))
-        print(
-            f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:.0f}/s" for name, found in rates.items()), flush=True
-        )
-    loader = "paddle.io.DataLoader"
+        shown = ", ".join(f"{name} {found[-1]:.0f}/s" for name, found in rates.items())
+        print(f"round {turn + 1}: {shown}", flush=True)
+    bare, loader = "simplejpeg, bytes in memory", "paddle.io.DataLoader"
+    plain = f"{loader}, 2 workers, read_idx + cv2.imdecode, uint8"
+    same = f"{loader}, 2 workers, over our own reader and decoder, uint8"
     compared = [
-        ("reader/fetch_decode", "vs_decode_limit", "ours", "decode", "simplejpeg, bytes in memory"),
+        ("reader/fetch_decode", "vs_decode_limit", "ours", "decode", bare),
         ("reader/wds", "vs_rec", "wds", "ours", "our record reader, same images, same order"),
         ("reader/fetch_decode", "vs_mxnet", "ours", "mxnet", "mxnet 1.9.1 read_idx + imdecode"),
-        (
-            "reader/fetch_decode",
-            "vs_dataloader",
-            "ours",
-            "dataloader_plain",
-            f"{loader}, 2 workers, read_idx + cv2.imdecode, uint8",
-        ),
-        (
-            "reader/fetch_decode",
-            "vs_dataloader_same",
-            "ours",
-            "dataloader",
-            f"{loader}, 2 workers, over our own reader and decoder, uint8",
-        ),
+        ("reader/fetch_decode", "vs_dataloader", "ours", "dataloader_plain", plain),
+        ("reader/fetch_decode", "vs_dataloader_same", "ours", "dataloader", same),
         ("reader/float32", "vs_dataloader", "ours_float", "dataloader_float", f"{loader}, our reader, float32"),
-        ("reader/float32", "vs_decode_limit", "ours_float", "decode", "simplejpeg, bytes in memory"),
+        ("reader/float32", "vs_decode_limit", "ours_float", "decode", bare),
     ]
     cases = [
         case(name, metric, rates[ours], rates.get(peer), peer_name, paired=True)
@@ -298,7 +269,6 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict]:
     return [*cases, index_of_shards(folder)]
 
 
-@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
@@ -307,12 +277,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--runs", type=int, default=5, help="rounds (default: 5)")
     parser.add_argument("--index-lines", type=int, default=5_900_000, help="lines of the large index; 0 leaves it out")
-    args = read_options(parser, argv)
-    with tempfile.TemporaryDirectory() as folder:
-        cases = measure(Path(folder), args)
-        if args.index_lines:
-            cases += open_index(Path(folder), args.index_lines)
-    write_report(args.json, cases, f"{args.threads} threads", ("paddlepaddle", "numpy"))
+
+    def measure_all(args) -> list[dict]:
+        with tempfile.TemporaryDirectory() as folder:
+            cases = measure(Path(folder), args)
+            return cases + open_index(Path(folder), args.index_lines) if args.index_lines else cases
+
+    run(parser, argv, measure_all, "{threads} threads", ("paddlepaddle", "numpy"))
 
 
 if __name__ == "__main__":

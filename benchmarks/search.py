@@ -11,7 +11,6 @@ The model may be any that ``tools/search.py`` takes; that of docs/tutorials/phot
 
 import sys
 import tempfile
-import time
 import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from pathlib import Path
 
@@ -22,12 +21,10 @@ import cv2
 import numpy as np
 from prettytable import PrettyTable
 
-from benchmarks.common import ROOT, build_parser, case, read_options, write_report
+from benchmarks.common import build_parser, case, orl_photos, run, timed
 from eval.approximate import ApproximateSearch, build_index, load_faiss
 from eval.embed import load_embedder
 from eval.gallery import About, unit_float32, write_gallery
-from tools.demo.data import original_pictures
-from utils.errors import one_line_errors
 from utils.photos.align import align_face
 from utils.photos.detect import build_detector, choose_faces
 
@@ -47,30 +44,20 @@ def aligned_pictures() -> list[tuple[int, int, np.ndarray]]:
     """(person, number, crop) of ORL."""
     detect = build_detector("mtcnn")
     crops = []
-    for person, number, grey in original_pictures(ROOT / "data" / "orl"):
-        photo = cv2.cvtColor(cv2.resize(grey, None, fx=2.5, fy=2.5, interpolation=cv2.INTER_CUBIC), cv2.COLOR_GRAY2RGB)
+    for person, number, photo in orl_photos():
         (face,) = choose_faces(detect(photo), "largest", photo.shape)
         crops.append((person, number, align_face(photo, face.landmark_52)))
     return crops
 
 
-def timed(search, query_QD: np.ndarray) -> tuple[list, list[float]]:
+def answers_of(search, query_QD: np.ndarray) -> tuple[list, list[float]]:
     """(answers, milliseconds a query of each of several runs)."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        answers = search.search(query_QD, 1)
-        times.append((time.perf_counter() - start) / len(query_QD) * 1e3)
-    return answers, times
+    runs = [timed(search.search, query_QD, 1) for _ in range(REPEATS)]
+    return runs[-1][0], [1e3 * seconds / len(query_QD) for _, seconds in runs]
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    parser = build_parser(__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--each", type=int, default=125, help="rows of each of the 320 pictures (default: %(default)s)")
-    args = read_options(parser, argv)
+def measure(args) -> list[dict]:
+    """Enrol, ask both searches; prints a table."""
     load_faiss()
     embedder = load_embedder(args.model, batch_size=64)
     side = embedder.input_size
@@ -99,31 +86,34 @@ def main(argv: list[str] | None = None) -> None:
             np.empty((0, embedding_RD.shape[1]), np.float32),
             show_progress=False,
         )
-        start = time.perf_counter()
-        about = build_index(gallery, show_progress=False)
-        building = time.perf_counter() - start
+        about, building = timed(lambda: build_index(gallery, show_progress=False))
         search = ApproximateSearch(gallery)
-        exact, exact_ms = timed(gallery, query_QD)
-        near, near_ms = timed(search, query_QD)
+        exact, exact_ms = answers_of(gallery, query_QD)
+        near, near_ms = answers_of(search, query_QD)
         nearest_Q = np.argmax(query_QD @ np.asarray(gallery.embedding_RD).T, axis=1)
         _, candidate_QK = search.index.search(query_QD, 128)
     found = float(np.mean([row in candidates for row, candidates in zip(nearest_Q, candidate_QK, strict=True)]))
     same = float(np.mean([a[0] == b[0] for a, b in zip(exact, near, strict=True)]))
     right = float(np.mean([a[0].name == f"person {p + 1}" for a, p in zip(exact, asked_Q, strict=True)]))
-    row = {
-        "rows": about["rows"], "lists": about["lists"], "searched": about["probed"], "recall kept": about["recall"],
-        "nearest found": found, "same answer": same, "person right (exact)": right, "build s": round(building, 1),
-        "exact ms": round(min(exact_ms), 2), "index ms": round(min(near_ms), 2),
-    }  # fmt: skip
+    row = {key: about[key] for key in ("rows", "lists")} | {"searched": about["probed"], "recall kept": about["recall"]}
+    row |= {"nearest found": found, "same answer": same, "person right (exact)": right, "build s": round(building, 1)}
+    row |= {"exact ms": round(min(exact_ms), 2), "index ms": round(min(near_ms), 2)}
     table = PrettyTable(list(row))
     table.add_row(list(row.values()))
     print(table)
-    cases = [
+    return [
         case(f"search/{about['rows']}", "query_ms", near_ms, exact_ms, "exact search", smaller=True),
         case(f"search/{about['rows']}", "nearest_found", [found], None, ""),
         case(f"search/{about['rows']}", "same_answer", [same], None, ""),
     ]
-    write_report(args.json, cases, "all threads", ("numpy", "faiss-cpu"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--each", type=int, default=125, help="rows of each of the 320 pictures (default: %(default)s)")
+    run(parser, argv, measure, "all threads", ("numpy", "faiss-cpu"))
 
 
 if __name__ == "__main__":

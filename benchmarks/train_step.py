@@ -5,11 +5,10 @@
 A step: forward at 112x112, Partial FC at 85,742 classes with rate 0.1 (ArcFace, class rows over the ranks), backward,
 gradients averaged over the ranks, clip, SGD with momentum and decay for backbone and head. Ours goes through
 ``utils/model/replica.py`` and ``partial_fc.py`` as ``train.py`` does, with ``run.compile=true``; the peer is
-``benchmarks/peer_train_step.py``, whose head takes the arithmetic of Partial FC v2. The sides take turns, round by
-round, so that both see the same machine; the medians of the rounds count.
+``benchmarks/peer_train.py``, whose head takes the arithmetic of Partial FC v2. The sides take turns, round by round, so
+that both see the same machine; the medians of the rounds count.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,15 +17,11 @@ if __package__ in (None, ""):
 
 import numpy as np
 
-from benchmarks import common
-from benchmarks.common import ROOT, build_parser, case, read_options, serve, started, versions, write_report
-from utils.errors import one_line_errors
+from benchmarks.common import ROOT, build_parser, case, measured, run, serve
 
-__all__ = ["machine", "versions"]  # for benchmarks/dispatch.py
 NUM_CLASSES, RATE, EMBEDDING_SIZE, INPUT_SIZE = 85742, 0.1, 512, 112
 
 
-@one_line_errors
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = build_parser(__doc__)
@@ -34,30 +29,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="images a rank")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each side, after two that are not")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--child", nargs=2, metavar=("NETWORK", "BATCH"), help=argparse.SUPPRESS)
-    args = read_options(parser, argv)
-    if args.child:
-        run_child(args.child[0], int(args.child[1]))
-        return
-    cases = [measure(network, args.batch, args.steps, args.ranks) for network in args.networks]
-    write_report(args.json, cases, _note(args.ranks))
+
+    def measure_all(args) -> list[dict]:
+        return [measure(network, args.batch, args.steps, args.ranks) for network in args.networks]
+
+    run(parser, argv, measure_all, "{ranks} ranks of 1 thread", child=run_child)
 
 
 def measure(network: str, batch: int, num_steps: int, num_ranks: int) -> dict:
     """Both sides of one network, step by step in turn; the slowest rank counts."""
     commands = {
         "ours": [__file__, "--child", network, batch],
-        "peer": [ROOT / "benchmarks" / "peer_train_step.py", network, batch],
+        "peer": [ROOT / "benchmarks" / "peer_train.py", network, batch, NUM_CLASSES, RATE],
     }
-    rates = {side: [] for side in commands}
-    with started(commands, threads=1, num_ranks=num_ranks) as sides:
-        for _ in range(num_steps + 2):
-            for side, ranks in sides.items():
-                rates[side].append(batch * num_ranks / ranks.turn()["seconds"])
-    return case(f"train/{network}", "images_s", rates["ours"][2:], rates["peer"][2:], "pytorch")
+    turns = measured(commands, num_steps, 2, threads=1, num_ranks=num_ranks)
+    rates = ([batch * num_ranks / turn["seconds"] for turn in turns[side]] for side in commands)
+    return case(f"train/{network}", "images_s", *rates, "pytorch")
 
 
-def run_child(network: str, batch: int) -> None:
+def run_child(network: str, batch: str) -> None:
     """One rank of ours: a step for each line of input, answered by its seconds."""
     from utils.system import keep_freed_memory
 
@@ -81,9 +71,9 @@ def run_child(network: str, batch: int) -> None:
     rng = np.random.default_rng(rank)
 
     def step(_: str) -> None:
-        image = paddle.to_tensor(rng.standard_normal([batch, 3, INPUT_SIZE, INPUT_SIZE], dtype=np.float32))
-        label = paddle.to_tensor(rng.integers(0, NUM_CLASSES, batch))
-        head(replica(image), label).backward()
+        image = rng.standard_normal([int(batch), 3, INPUT_SIZE, INPUT_SIZE], dtype=np.float32)
+        label = paddle.to_tensor(rng.integers(0, NUM_CLASSES, int(batch)))
+        head(replica(paddle.to_tensor(image)), label).backward()
         replica.finish_backward()
         norm = gradient_norm(list(optimizer.parameters.values()))
         optimizer.step(0.01, clip_coefficient(norm, 5.0))
@@ -94,15 +84,6 @@ def run_child(network: str, batch: int) -> None:
 
     backbone.train()
     serve(step)
-
-
-def _note(num_ranks: int) -> str:
-    return f"{num_ranks} ranks of 1 thread"
-
-
-def machine(num_ranks: int) -> str:
-    """One line on what this ran on."""
-    return common.machine(_note(num_ranks))
 
 
 if __name__ == "__main__":
