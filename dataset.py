@@ -19,8 +19,9 @@ from mxnet_reader.file import RecordFile
 from mxnet_reader.insightface import find_layout, parse_image, read_plain_images, read_plain_labels
 from mxnet_reader.rebuild import open_index
 from utils.data.digits import packaged_digits
-from utils.data.labels import EXACT, Relabelled, check_labels, count_classes, load_identities, save_identities
-from utils.data.loader import TrainLoader, build_train_loader
+from utils.data.labels import EXACT, Relabelled, check_labels, count_classes, load_identities
+from utils.data.labels import save_identities as save_identities
+from utils.data.loader import build_train_loader as build_train_loader
 from utils.data.several import SeveralSources
 from utils.data.shards import BLOCK, ShardFiles, describe_member, open_shards
 from utils.data.source import Source
@@ -30,24 +31,6 @@ from utils.images import find_image_files
 from utils.progress import progress
 from utils.system import num_cores
 from utils.text import read_text_lines
-
-__all__ = [
-    "CelebADataset",
-    "FaceRecordDataset",
-    "FolderDataset",
-    "ListDataset",
-    "MnistDataset",
-    "ShardDataset",
-    "Source",
-    "SyntheticDataset",
-    "TrainLoader",
-    "build_source",
-    "build_train_loader",
-    "check_labels",
-    "open_source",
-    "recognise",
-    "save_identities",
-]
 
 WHERE_DATA_IS = "MS1MV2, MS1MV3, Glint360K: github.com/deepinsight/insightface, recognition/_datasets_"
 LABELS_AT_ONCE = 1 << 12  # record headers that a thread reads in one go
@@ -153,8 +136,7 @@ def _read_property(path: Path) -> tuple[int | None, tuple[int, int] | None]:
     """``num_classes,H,W`` of the first line; (None, None) without the file."""
     if not path.is_file():
         return None, None
-    lines = read_text_lines(path)
-    line = next((line.strip() for line in lines if line.strip()), "")
+    line = next((line.strip() for line in read_text_lines(path) if line.strip()), "")
     fields = [field.strip() for field in line.split(",")]
     if len(fields) != 3 or not all(field.isdecimal() for field in fields):
         raise RecordError(path, f"first line {line[:60]!r}, 'num_classes,height,width' was expected")
@@ -210,11 +192,11 @@ class ListDataset(Source):
         with ThreadPoolExecutor(FILE_THREADS) as pool:
             gone = [i for part in pool.map(missing, range(0, len(sample), FILES_AT_ONCE)) for i in part]
         if gone:
-            raise UserError(
-                f"{self.list_file}: line {lines[gone[0]]}: {self.path(gone[0])}: no such file, as {len(gone)} of "
-                f"{len(sample)} that were looked for; paths start from {root}: set data.root=FOLDER (--root FOLDER) if "
-                "that is not where the images are"
-            )
+            found = f"{self.path(gone[0])}: no such file, as {len(gone)} of {len(sample)} that were looked for"
+            raise UserError(f"{self.list_file}: line {lines[gone[0]]}: {found}; {self._where_paths_start()}")
+
+    def _where_paths_start(self) -> str:
+        return f"paths start from {self.root}: set data.root=FOLDER (--root FOLDER) if that is not where the images are"
 
     def _set_labels(self, labels: list[int]) -> None:
         try:
@@ -234,10 +216,8 @@ class ListDataset(Source):
         except FileNotFoundError:
             if self.list_file is None:
                 raise
-            raise UserError(
-                f"{path}: no such file, but {self.list_file} lists it; its paths start from {self.root or '.'}: "
-                "set data.root=FOLDER (--root FOLDER) if that is not where the images are"
-            ) from None
+            listed = f"no such file, but {self.list_file} lists it"
+            raise UserError(f"{path}: {listed}; its {self._where_paths_start()}") from None
 
     def describe(self, i: int) -> str:
         return str(self.path(i))
@@ -549,14 +529,10 @@ def _build_several(
 
 def recognise(root: str | os.PathLike, prefix: str = "train") -> str | None:
     """The kind of source that lies at a path: rec, wds, list or folder; None where nothing tells."""
-    text, path = os.fspath(root), Path(root)
+    path = Path(root)
     if path.suffix == ".rec" or (path / f"{prefix}.rec").is_file():
         return "rec"
-    if path.is_dir():
-        with os.scandir(path) as entries:
-            names = [entry.name for entry in entries]
-        shards = [name for name in names if re.search(r"\.(tar|tgz)(\.[a-z0-9]+)?$", name) and not name.startswith(".")]
-        return "wds" if shards else "folder"
-    if re.search(r"\.(tar|tgz)(\.[a-z0-9]+)?$", text):
+    names = [each.name for each in path.iterdir() if each.name[0] != "."] if path.is_dir() else [path.name]
+    if any(re.search(r"\.(tar|tgz)(\.[a-z0-9]+)?$", name) for name in names):
         return "wds"
-    return "list" if path.is_file() else None
+    return "folder" if path.is_dir() else "list" if path.is_file() else None

@@ -162,25 +162,18 @@ def _read_plain(path: str) -> np.ndarray | None:
 
 def _read_lines(path: str) -> tuple[np.ndarray, bool]:
     """The slow way, for a file that the fast one refused: says which line is wrong, forgives a cut last one."""
-    rows, cut = [], None
+    rows = []
     with open(path, encoding="latin1") as file:
         for number, line in enumerate(file, 1):
-            if cut is not None:
-                break
             fields = line.split()
-            if not fields:
-                continue
             try:
-                row = (int(fields[0]), int(fields[1]))
-                if max(map(abs, row)) >= 2**63:
-                    raise OverflowError
-                rows.append(row)
+                if fields:
+                    rows.append(np.array([int(fields[0]), int(fields[1])], np.int64))
             except (ValueError, IndexError, OverflowError):
-                cut = (number, line)
-        else:
-            if cut is None or not cut[1].endswith("\n"):
-                return np.array(rows, dtype=np.int64).reshape(-1, 2), cut is None
-    raise RecordError(path, f"line {cut[0]}: {cut[1].strip()[:60]!r} is not 'key<tab>offset'")
+                if line.endswith("\n"):
+                    raise RecordError(path, f"line {number}: {line.strip()[:60]!r} is not 'key<tab>offset'") from None
+                return np.array(rows, np.int64).reshape(-1, 2), False
+    return np.array(rows, np.int64).reshape(-1, 2), True
 
 
 def write_index(path: str | os.PathLike, keys: np.ndarray, offsets: np.ndarray) -> None:

@@ -43,12 +43,11 @@ def check_labels(source: Source, place: object, asked: int | None = None, remedy
     if lowest < 0:
         raise UserError(f"{place}: label {lowest} is no class number (0, 1, 2, ...); leave such images out")
     found = f"label {lowest} alone" if num_distinct == 1 else f"labels from {lowest} to {highest}"
+    numbers = f"the {num_distinct} labels 0..{num_distinct - 1}"
     if not exact:
-        found = f"{found} in a sample of {len(samples)}"
-    numbers = "their labels" if not exact else f"the {num_distinct} labels 0..{num_distinct - 1}"
-    renumber = (
-        f"set {remedy} to number {numbers}" if remedy.startswith("data.") else f"give {remedy} to number {numbers}"
-    )
+        found, numbers = f"{found} in a sample of {len(samples)}", "their labels"
+    is_setting = remedy.startswith("data.")
+    renumber = f"{'set' if is_setting else 'give'} {remedy} to number {numbers}"
     if highest >= num_classes:
         i = int(np.argmax(labels)) if exact else int(samples[np.argmax(labels)])
         wrong = f"label {highest} of record {source.keys[i]} is not in [0, {num_classes})"
@@ -59,23 +58,16 @@ def check_labels(source: Source, place: object, asked: int | None = None, remedy
     num_classes = source.num_classes or num_classes
     if exact and num_distinct == 1 and num_classes == 1:
         raise UserError(f"{place}: all {len(source)} images have one label; at least two identities are needed")
-    unseen = (
-        np.count_nonzero(counts == 1) / counts.sum()
-    )  # Good and Turing's estimate: share of images of other classes
+    unseen = np.count_nonzero(counts == 1) / counts.sum()  # Good and Turing: the share of images of other classes
     if (num_distinct < num_classes) if exact else (unseen < 0.01 and 2 * num_distinct < num_classes):
         gap = "labels start at 0" if lowest == 1 and num_distinct == highest else f"that is {num_classes} classes"
-        several = f"{found} ({num_distinct} different ones)"
-        keep = f"data.num_classes={num_classes} keeps the classes without images"
-        keep = f"; {keep}" if remedy.startswith("data.") and num_classes < 1 << 31 else ""
-        raise UserError(f"{place}: {several}; {gap}, some without images: {renumber}{keep}")
+        keep = f"; data.num_classes={num_classes} keeps the classes without images"
+        advice = renumber + (keep if is_setting and num_classes < 1 << 31 else "")
+        raise UserError(f"{place}: {found} ({num_distinct} different ones); {gap}, some without images: {advice}")
 
 
 def count_classes(source: Source, place: object, asked: int | None) -> int:
-    """The number of classes, which data and settings must agree on; labels are checked.
-
-    Args:
-        source, place: as in ``check_labels``.
-        asked: ``data.num_classes``.
+    """The number of classes, which data and settings (``asked``) must agree on; labels are checked.
 
     Raises:
         UserError: they do not agree, neither says, or the labels are no class numbers.
@@ -93,8 +85,7 @@ def count_classes(source: Source, place: object, asked: int | None) -> int:
 class Relabelled(Source):
     """Another source's samples, its labels numbered 0..C-1 in ascending order.
 
-    Attributes:
-        identities: [C], what a class is called in the data: its old label, or the name that belonged to that.
+    ``identities`` [C] are the old labels, or the names that belonged to them.
     """
 
     def __init__(self, source: Source) -> None:
@@ -149,8 +140,7 @@ def load_identities(folder: str | Path, num_classes: int | None) -> list | None:
 def copy_identities(model: str | Path, folder: str | Path) -> Path | None:
     """Take ``labels.json`` of the run that a model (run, weights or checkpoint file) belongs to along to a folder.
 
-    Returns:
-        What was written, or None where the run has none.
+    Returns what was written, or None where the run has none.
     """
     model = Path(model).resolve()
     for place in (model, *model.parents[:3]):  # a checkpoint's files lie three folders deep in the run

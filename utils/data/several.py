@@ -38,6 +38,9 @@ class SeveralSources(Source):
         if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
             raise UserError(f"data.weights: {self.weights}; numbers above 0 were expected")
         self._starts = np.cumsum([0, *map(len, self.sources)])
+        # Of each part: how often all of it is drawn, how many of its samples once more.
+        sizes = zip(self.weights, map(len, self.sources), strict=True)
+        self._repeats = [(int(weight), round((weight - int(weight)) * size)) for weight, size in sizes]
         self.keys = np.arange(self._starts[-1])
         self.notes = tuple(note for source in self.sources for note in source.notes)
         self._maps, self.identities = _join(self.sources, self.names, shared)
@@ -48,20 +51,18 @@ class SeveralSources(Source):
 
     @property
     def num_draws(self) -> int:
-        return sum(int(weight) * len(source) + _rest(weight, source) for weight, source in self._weighted())
+        sizes = map(len, self.sources)
+        return sum(whole * size + rest for (whole, rest), size in zip(self._repeats, sizes, strict=True))
 
     def draws(self, seed: int, epoch: int) -> np.ndarray:
         num_samples, parts = len(self), []
         kind = np.int32 if num_samples * math.ceil(max(self.weights)) < 2**31 else np.int64
-        for which, (weight, source) in enumerate(self._weighted()):
+        for which, (whole, rest) in enumerate(self._repeats):
             own = np.arange(self._starts[which], self._starts[which + 1], dtype=kind)
-            parts += [own + kind(again * num_samples) for again in range(int(weight))]
-            chosen = np.random.default_rng((seed, epoch, which, 0x3E16)).permutation(own)[: _rest(weight, source)]
-            parts.append(chosen + kind(int(weight) * num_samples))
+            parts += [own + kind(again * num_samples) for again in range(whole)]
+            chosen = np.random.default_rng((seed, epoch, which, 0x3E16)).permutation(own)[:rest]
+            parts.append(chosen + kind(whole * num_samples))
         return np.concatenate(parts)
-
-    def _weighted(self) -> zip:
-        return zip(self.weights, self.sources, strict=True)
 
     def _place(self, i: int) -> tuple[int, int]:
         """(part, its sample) of a sample or of a repeated draw."""
@@ -112,11 +113,6 @@ class SeveralSources(Source):
     def damaged(self, i: int, reason: str) -> ValueError:
         which, own = self._place(i)
         return self.sources[which].damaged(own, reason)
-
-
-def _rest(weight: float, source: Source) -> int:
-    """How many samples are drawn once more than the whole part of the weight says."""
-    return round((weight - int(weight)) * len(source))
 
 
 def _join(sources: list[Source], names: list[str], shared: bool | str) -> tuple[list[np.ndarray], list[str]]:

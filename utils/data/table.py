@@ -24,6 +24,8 @@ def stored_table(
 ) -> tuple[object, np.ndarray]:
     """(stamp, array) as they are stored at ``path`` (or in the cache) if they fit, else made and stored.
 
+    The file is the array as ``.npy`` and, behind it, the stamp as JSON.
+
     Args:
         path: the file beside the data.
         fits: are these true? None: there is none, or a damaged one.
@@ -39,7 +41,10 @@ def stored_table(
             return found
         stamp, array = make(found)
         with contextlib.suppress(OSError):  # nowhere to keep it, so it is made again next time
-            _save_table(path, stamp, array)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path) as aside, open(aside, "wb") as file:
+                np.save(file, array)
+                file.write(json.dumps(stamp).encode())
             return _load_table(path) or (stamp, array)
         return stamp, array
 
@@ -52,14 +57,6 @@ def _table_place(path: Path) -> Path:
         return path
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arcface-paddle"
     return cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}-{path.name.lstrip('.')}"
-
-
-def _save_table(path: Path, stamp: object, array: np.ndarray) -> None:
-    """Write an array [N] as ``.npy`` and, behind it, the JSON-able ``stamp`` that it is true for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as aside, open(aside, "wb") as file:
-        np.save(file, array)
-        file.write(json.dumps(stamp).encode())
 
 
 def _load_table(path: Path) -> tuple[object, np.ndarray] | None:
