@@ -264,7 +264,7 @@ def write_gallery(
     probes = len(stranger_ID)
     if not probes and len(names) > 1:
         probes = min(count, MOST_PROBES)
-    text = json.dumps(names, ensure_ascii=False).encode()
+    text = json.dumps(names, ensure_ascii=False).encode(errors="surrogatepass")  # names of folders are any bytes
     shapes = {"embedding": (count, size), "person": (count,), "pixels": (count,), "stranger": stranger_ID.shape,
               "impostor": (probes,), "names": (len(text),)}  # fmt: skip
     with written_whole(path) as aside:

@@ -70,7 +70,7 @@ def keep_speeds(path: Path, key: str, machine: str, speeds: dict[str, float]) ->
 
 def _folders(path: Path) -> tuple[Path, Path]:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    here = hashlib.sha256(str(path.resolve().parent).encode()).hexdigest()[:16]
+    here = hashlib.sha256(os.fsencode(path.resolve().parent)).hexdigest()[:16]
     return path.parent / ".engines", home / "arcface_pfc" / here
 
 

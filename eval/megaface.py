@@ -26,7 +26,7 @@ from eval.remarks import distractor_remarks
 from eval.results import load_results, write_distractor_results, write_report
 from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.owner import claim
-from utils.text import read_text
+from utils.text import plain, read_text
 
 
 @one_line_errors
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         result = identify_among_distractors(probe_ND, subjects, distractor_MD, sizes, show_progress=True)
     except UserError as error:
         raise UserError(f"{args.probes}, {args.distractors}: {error}") from error
-    folder, label = args.result_dir, args.label or bare_name(args.probes)
+    folder, label = args.result_dir, plain(args.label or bare_name(args.probes))
     warnings = distractor_remarks(result, sizes, FARS, len(distractor_MD))
     settings = {key: str(value) for key, value in vars(args).items() if value is not None} | {"label": label}
     with claim(folder, "name another --result-dir"):

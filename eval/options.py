@@ -8,6 +8,7 @@ import paddle
 from prettytable import PrettyTable
 
 from eval.embed import ENGINES, PRECISIONS
+from utils.text import plain
 
 _WEIGHTS = (".pdparams", ".safetensors", ".pt", ".pth", ".ckpt", ".onnx")
 _SUFFIXES = (*_WEIGHTS, ".npy", ".npz", ".bin", ".txt", ".csv", ".lst")
@@ -67,7 +68,7 @@ def shown_settings(args: argparse.Namespace, label: str, **more: object) -> dict
     """The options as a report shows them; ``label`` where none was given."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"compare": [str(path) for path in args.compare], "paddle": paddle.__version__, **more}
-    return settings | {"label": args.label or label}
+    return settings | {"label": plain(args.label or label)}
 
 
 def print_table(head: list[str], rows: list[list[str]]) -> None:

@@ -268,5 +268,5 @@ def digest(parts: Sequence[object]) -> str:
     """A short digest of anything with a stable text, for ``key``."""
     state = hashlib.blake2b(digest_size=12)
     for part in parts:
-        state.update(str(part).encode() + b"\0")
+        state.update(str(part).encode(errors="surrogateescape") + b"\0")
     return state.hexdigest()

@@ -3,6 +3,8 @@
 import argparse
 import ast
 import importlib.util
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,10 @@ def test_long_messages_are_shortened(capsys):
         one_line_errors(fail)()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: list.txt: line 1: a/") and line.endswith(": no such file") and len(line) < 2100
+
+
+def test_names_that_the_terminal_cannot_show_are_shown_escaped(monkeypatch):
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="utf-8", errors="strict"))
+    one_line_errors(lambda: print("results in Jos\udce9", flush=True))()
+    assert terminal.getvalue() == b"results in Jos\\udce9\n"

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from utils.files import describe_bytes, file_stamps, write_array, write_csv, write_json, written_whole
+from utils.files import describe_bytes, file_stamps, write_array, write_csv, write_json, write_text, written_whole
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
@@ -29,6 +29,13 @@ def test_json_and_csv(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, None, 1.5], "y": str(tmp_path)}
     write_csv(tmp_path / "a.csv", [{"a": "x,y", "b": 1}])
     assert (tmp_path / "a.csv").read_bytes() == b'a,b\r\n"x,y",1\r\n'
+
+
+def test_names_that_are_no_utf8_are_written(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"a": "Jos\udce9"}])
+    write_text(tmp_path / "a.txt", "Jos\udce9")
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8").splitlines() == ["a", "Jos?"]
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "Jos?"
 
 
 def test_stamps_of_files_in_several_folders(tmp_path):

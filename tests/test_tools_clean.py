@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -216,6 +218,17 @@ def test_folders_and_lists(planted, tmp_path, capsys):
     (tmp_path / "all.lst").write_text("\n".join(lines))
     run(tmp_path / "all.lst", "--model", "m", "--output", tmp_path / "p")
     assert read(tmp_path / "p/outliers.csv") == rows
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_that_are_no_utf8(tmp_path):
+    images, person = faces(3, 4)
+    for k, image in enumerate(images):
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/faces/Jos\xe9%d" % person[k]))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / os.fsdecode(b"\xe9%d.png" % k)).write_bytes(png(image))
+    run(tmp_path / "faces", "--model", "m", "--output", tmp_path / "o", "--against", tmp_path / "faces")
+    assert len(read(tmp_path / "o" / "overlap.csv")) == 12
 
 
 def test_bad_input_is_one_line(planted, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """tools/search.py: enrolling, adding, finding, refusing."""
 
 import json
+import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -303,3 +305,29 @@ def test_an_interrupted_enrolment_goes_on(tmp_path, album, projection, monkeypat
     run("enrol", folder, tmp_path / "g", "--model", tmp_path / "model")
     assert len(Gallery(tmp_path / "g")) == 36
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["g", "model", "people"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_that_are_no_utf8(tmp_path, projection, capsys):
+    """What an old camera or an unpacked archive leaves: two people that only these bytes tell apart stay two."""
+    images, person = faces(2, 3, noise=25)
+    folders = [b"Jos\xe9", b"Jos\xe8"]
+    for k, image in enumerate(images):
+        save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/people/" + folders[person[k]])) / f"{k}.png", image)
+    (tmp_path / "model").touch()
+    run("enrol", tmp_path / "people", tmp_path / "g", "--model", tmp_path / "model")
+    assert sorted(Gallery(tmp_path / "g").names) == sorted(map(os.fsdecode, folders))
+    probe = save(tmp_path / "p.png", images[0])
+    run(
+        "find",
+        probe,
+        tmp_path / "g",
+        "--model",
+        tmp_path / "model",
+        "--json",
+        tmp_path / "answer.json",
+        "--threshold",
+        "0",
+    )
+    (answer,) = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
+    assert answer["matches"][0]["name"] == "Jos\udce9"

@@ -46,6 +46,7 @@ from utils.photos.photo import read_photo
 from utils.photos.plan import WORK, Photo, plan_photos
 from utils.progress import progress
 from utils.system import num_cores
+from utils.text import plain
 
 VERSION = 2  # of the crops: another one makes them anew
 PACKED = ("train.rec", "train.idx", "property", "identities.csv")
@@ -202,11 +203,6 @@ def remove_crops(folder: Path, names: set[str]) -> None:
     for identity in {name.split("/")[0] for name in names}:
         with contextlib.suppress(OSError):  # it has other crops
             (folder / identity).rmdir()
-
-
-def plain(text: str) -> str:
-    """A file name as text: bytes that are no UTF-8 become question marks."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def write_tables(output: Path, entries: dict[str, dict], keys: dict[str, int] | None, unused: list[tuple]) -> None:

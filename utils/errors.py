@@ -5,6 +5,7 @@ The standard library alone, so that every room may import this file.
 
 import argparse
 import functools
+import io
 import math
 import os
 import sys
@@ -54,6 +55,8 @@ def one_line_errors(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks are no error
         try:
             return main(*args, **kwargs)
         except (UserError, OSError) as error:

@@ -28,8 +28,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a small file in one piece, on disk when this returns."""
-    with written_whole(path) as aside, open(aside, "w", encoding="utf-8") as file:
+    """Replace a small file in one piece, on disk when this returns; what UTF-8 lacks (odd file names) becomes ``?``."""
+    with written_whole(path) as aside, open(aside, "w", encoding="utf-8", errors="replace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -42,7 +42,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 def write_csv(path: str | Path, rows: Sequence[Mapping], columns: Sequence[str] | None = None) -> None:
     """Replace a table in one piece: one line a row; the columns are those of the first row unless they are named."""
-    with written_whole(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with written_whole(path) as aside, open(aside, "w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0] if columns is None else columns))
         writer.writeheader()
         writer.writerows(rows)

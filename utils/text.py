@@ -16,6 +16,11 @@ _MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
 )
 
 
+def plain(text: str) -> str:
+    """A file name as text: bytes that are no UTF-8 become U+FFFD."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def read_text(path: str | os.PathLike) -> str:
     """The text of a file: by its mark, else UTF-8, else GBK (GB 18030); every line end becomes ``\\n``.
 

@@ -56,7 +56,7 @@ def _table_place(path: Path) -> Path:
     if writable and os.access(folder, os.W_OK):
         return path
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arcface-paddle"
-    return cache / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}-{path.name.lstrip('.')}"
+    return cache / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}-{path.name.lstrip('.')}"
 
 
 def _load_table(path: Path) -> tuple[object, np.ndarray] | None:
@@ -78,7 +78,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
     with open(Path(tempfile.gettempdir()) / f"arcface-paddle-{os.getuid()}-{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, whatever happens
         yield
