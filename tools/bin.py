@@ -29,8 +29,12 @@ from utils.errors import CommandLine, UserError, one_line_errors
 from utils.files import written_whole
 from utils.progress import progress
 
-RANGES = {"num_pairs": (1, math.inf), "columns": (1, math.inf), "image_size": (1, 4096), "quality": (0, 100),
-          "seed": (0, math.inf)}  # fmt: skip
+RANGES = {
+    **dict.fromkeys(("num_pairs", "columns"), (1, math.inf)),
+    "image_size": (1, 4096),
+    "quality": (0, 100),
+    "seed": (0, math.inf),
+}
 GREEN, RED, FRAME = (40, 160, 40), (200, 40, 40), 3
 
 

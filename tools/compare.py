@@ -122,8 +122,8 @@ def run_sets(model: Path) -> list[Path]:
 
 def newest_run(folder: Path = Path("work_dirs")) -> Path:
     """The run directory whose weights were written last."""
-    found = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/backbone.pdparams")
-             if path.with_name("config.yaml").is_file()]  # fmt: skip
+    weights = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/backbone.pdparams")]
+    found = [path for path in weights if path.with_name("config.yaml").is_file()]
     if not found:
         raise UserError(f"no run with weights under {folder}/; name a model: --model RUN_OR_WEIGHTS")
     return max(found, key=lambda path: path.stat().st_mtime).parent
@@ -182,8 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     sets = args.calibrate or run_sets(model)
     if args.threshold is not None and not sets:
         answer = "same" if similarity > args.threshold else "different"
-        print(f"{answer}: similarity {similarity:.4f}, threshold {args.threshold:.4f} as given "
-              "(its FAR is unknown: --calibrate lfw.bin measures it)")  # fmt: skip
+        known = f"threshold {args.threshold:.4f} as given (its FAR is unknown: --calibrate lfw.bin measures it)"
+        print(f"{answer}: similarity {similarity:.4f}, {known}")
         return
     if args.threshold is not None:
         found = measure_threshold(embedder, sets, args.far, args.threshold)
@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     answer = "same" if similarity > found["threshold"] else "different"
     bound = f", below {3 / found['different']:.1e} with 95% confidence" if found["far"] == 0 else ""
     names = ", ".join(Path(path).name for path in found["sets"])
-    print(f"{answer}: similarity {similarity:.4f}, threshold {found['threshold']:.4f} (FAR {found['far']:.2e}{bound}: "
-          f"measured on {found['different']} different pairs of {names})")  # fmt: skip
+    measured = f"FAR {found['far']:.2e}{bound}: measured on {found['different']} different pairs of {names}"
+    print(f"{answer}: similarity {similarity:.4f}, threshold {found['threshold']:.4f} ({measured})")
 
 
 if __name__ == "__main__":

@@ -72,16 +72,31 @@ class Sizes:
 
 
 FULL = Sizes(
-    classes=3000, chunk=1000, width=16, input_size=64, batch=16,
-    head_classes=(85_742, 1_000_000, 2_000_000, 1_250_000), head_samples=1024,
-    speeds=(("iresnet50", {}), ("iresnet100", {})), speed_classes=85_742, speed_batch=128, speed_updates=60,
-)  # fmt: skip
+    classes=3000,
+    chunk=1000,
+    width=16,
+    input_size=64,
+    batch=16,
+    head_classes=(85_742, 1_000_000, 2_000_000, 1_250_000),
+    head_samples=1024,
+    speeds=(("iresnet50", {}), ("iresnet100", {})),
+    speed_classes=85_742,
+    speed_batch=128,
+    speed_updates=60,
+)
 SMALL = Sizes(
-    classes=90, chunk=30, width=8, input_size=32, batch=8,
-    head_classes=(1000,), head_samples=32,
+    classes=90,
+    chunk=30,
+    width=8,
+    input_size=32,
+    batch=8,
+    head_classes=(1000,),
+    head_samples=32,
     speeds=(("iresnet18", {"model.width": 8, "model.input_size": 32}),),
-    speed_classes=500, speed_batch=8, speed_updates=4,
-)  # fmt: skip
+    speed_classes=500,
+    speed_batch=8,
+    speed_updates=4,
+)
 
 
 @dataclass(frozen=True)
@@ -94,13 +109,16 @@ class Case:
     bounds: tuple[float, float] = (1e-3, 0.05)  # of the losses; of everything that training changed
 
 
+def dotted(section: str, **values: object) -> dict[str, object]:
+    """Settings of one section of the configuration, under their dotted names."""
+    return {f"{section}.{key}": value for key, value in values.items()}
+
+
 def cases_of(accelerator: bool, capability: tuple[int, int] | None, num_devices: int) -> dict[str, Case]:
     """By name, in the order of their weight, the references first."""
     # No batch norm in train mode and nothing random: two ranks compute what one does.
-    whole = {
-        "model.network": "vit_t", "model.width": 64, "model.input_size": 36, "model.mask_ratio": 0.0,
-        "model.drop_path": 0.0, "init.freeze": ["feature"], "head.sample_rate": 1.0,
-    }  # fmt: skip
+    whole = dotted("model", network="vit_t", width=64, input_size=36, mask_ratio=0.0, drop_path=0.0)
+    whole |= {"init.freeze": ["feature"], "head.sample_rate": 1.0}
     cases = {"fp32": Case(reference="cpu")}
     if accelerator:
         cases |= {
@@ -135,10 +153,9 @@ class Checker:
     def __init__(self, device: str, sizes: Sizes, folder: Path, output: Path, minutes: float):
         self.device, self.sizes, self.folder, self.output = device, sizes, folder, output
         self.stop = time.monotonic() + 60 * minutes
-        self.report = {
-            "paddle": paddle.__version__, "python": platform.python_version(), "device": device,
-            "cuda": str(paddle.version.cuda()), "cudnn": str(paddle.version.cudnn()), "checks": {}, "speeds": {},
-        }  # fmt: skip
+        versions = {"paddle": paddle.__version__, "python": platform.python_version(), "device": device}
+        libraries = {"cuda": str(paddle.version.cuda()), "cudnn": str(paddle.version.cudnn())}
+        self.report = {**versions, **libraries, "checks": {}, "speeds": {}}
         self.runs: dict[str, Path] = {}
         self.rows_CD = self.backbone = None
 
@@ -189,15 +206,20 @@ class Checker:
     def settings(self, name: str, case: Case, device: str, updates: int) -> dict:
         """All settings of the run that ``train.py`` does."""
         size = self.sizes
+        output = str(self.folder / name.replace(" ", "_"))
         chosen = {
-            "data.kind": "synthetic", "data.num_classes": size.classes, "data.num_images": 64 * size.batch,
-            "model.network": "iresnet18", "model.width": size.width, "model.input_size": size.input_size,
-            "model.embedding_size": 128, "head.sample_rate": 0.3, "head.chunk": size.chunk, "optim.lr": 0.02,
-            "run.seed": SEED, "run.batch_size": size.batch, "run.max_steps": updates, "run.precision": "fp32",
-            "schedule.name": "constant", "log.every_steps": 1, "log.tensorboard": False, "verify.every_steps": 0,
-            "checkpoint.every_steps": 0, "checkpoint.asynchronous": False, "run.device": device,
-            "run.output": str(self.folder / name.replace(" ", "_")), **case.settings,
-        }  # fmt: skip
+            **dotted("data", kind="synthetic", num_classes=size.classes, num_images=64 * size.batch),
+            **dotted("model", network="iresnet18", width=size.width, input_size=size.input_size, embedding_size=128),
+            **dotted("head", sample_rate=0.3, chunk=size.chunk),
+            **dotted("run", seed=SEED, batch_size=size.batch, max_steps=updates, precision="fp32"),
+            **dotted("run", device=device, output=output),
+            "optim.lr": 0.02,
+            "schedule.name": "constant",
+            "verify.every_steps": 0,
+            **dotted("log", every_steps=1, tensorboard=False),
+            **dotted("checkpoint", every_steps=0, asynchronous=False),
+            **case.settings,
+        }
         if not chosen["run.batch_size"]:  # 0 stands for the whole batch shared out
             shares = case.ranks * chosen.get("run.accumulation", 1)
             chosen["run.batch_size"] = size.batch // shares
@@ -294,13 +316,16 @@ class Checker:
         chosen = self.settings(name, Case(), self.device, size.speed_updates)
         for key in ("init.backbone", "model.width", "model.input_size", "head.chunk"):
             del chosen[key]
-        chosen |= {
-            "model.network": network, "model.embedding_size": 512, "data.num_classes": size.speed_classes,
-            "data.num_images": size.speed_batch * ranks * (size.speed_updates + 1), "data.num_threads": 4,
-            "run.batch_size": size.speed_batch, "run.precision": precision, "head.sample_rate": 0.1,
-            "log.every_steps": max(1, size.speed_updates // 3), "log.angles": False, **settings,
-        }  # fmt: skip
-        return chosen
+        num_images = size.speed_batch * ranks * (size.speed_updates + 1)
+        return {
+            **chosen,
+            **dotted("model", network=network, embedding_size=512),
+            **dotted("data", num_classes=size.speed_classes, num_images=num_images, num_threads=4),
+            **dotted("run", batch_size=size.speed_batch, precision=precision),
+            **dotted("log", every_steps=max(1, size.speed_updates // 3), angles=False),
+            "head.sample_rate": 0.1,
+            **settings,
+        }
 
     def train_speed(self, network: str, settings: dict, precision: str, ranks: int) -> dict:
         """Images a second of ``train.py`` with its loader; peak memory beside the planner's."""

@@ -45,15 +45,16 @@ Kernels = dict[str, set[str]]  # name -> types
 
 def main_settings(folder: Path) -> list[str]:
     """A run of two updates in which every part of training takes part."""
-    return [
-        "data.kind=synthetic", "data.num_classes=40", "data.num_images=64", "model.network=iresnet18", "model.width=8",
-        "model.input_size=32", "model.embedding_size=32", "run.batch_size=4", "run.accumulation=2", "run.ema=0.9",
-        "head.sample_rate=0.5", "head.chunk=16", "schedule.name=constant", "log.every_steps=1", "log.tensorboard=false",
-        "verify.sets=[]", "checkpoint.asynchronous=false", f"run.output={folder / 'run'}", "run.device=cpu",
-        "run.precision=fp32",
-    ]  # fmt: skip
+    return [*SETTINGS.split(), f"run.output={folder / 'run'}"]
 
 
+SETTINGS = """
+    data.kind=synthetic data.num_classes=40 data.num_images=64
+    model.network=iresnet18 model.width=8 model.input_size=32 model.embedding_size=32
+    run.batch_size=4 run.accumulation=2 run.ema=0.9 run.device=cpu run.precision=fp32
+    head.sample_rate=0.5 head.chunk=16 schedule.name=constant
+    log.every_steps=1 log.tensorboard=false verify.sets=[] checkpoint.asynchronous=false
+"""
 WORK = {
     "update": ["run.max_steps=2"],
     "resume": ["run.max_steps=4", "checkpoint.resume=latest"],

@@ -85,9 +85,8 @@ def open_photos(source: Path, size: int, detector: str | None, args: argparse.Na
     else:
         faces, empty = detect_faces(paths, build_detector(detector, args.min_score), every=False)
         if empty:
-            print(
-                f"no face found in {len(empty)} of {len(paths)} photos: {', '.join(map(str, empty))}", file=sys.stderr
-            )
+            listed = ", ".join(map(str, empty))
+            print(f"no face found in {len(empty)} of {len(paths)} photos: {listed}", file=sys.stderr)
         if not faces:
             raise UserError(f"{source}: no face found in {len(paths)} photos; lower --min-score?")
     stamp = digest([(face.path, face.path.stat().st_mtime_ns, face.landmark_52) for face in faces])
@@ -108,8 +107,8 @@ def _open_data_set(path: Path, size: int, args: argparse.Namespace) -> Photos:
     labels = [int(label) for label in source.read_labels()]
     names = read_text_lines(args.names) if args.names is not None else source.identities
     if names is not None and not 0 <= min(labels) <= max(labels) < len(names):
-        raise UserError(f"{args.names or path}: {len(names)} names, but {path} has labels {min(labels)} to "
-                        f"{max(labels)}; one name a line, label 0 first, was expected")  # fmt: skip
+        problem = f"{len(names)} names, but {path} has labels {min(labels)} to {max(labels)}"
+        raise UserError(f"{args.names or path}: {problem}; one name a line, label 0 first, was expected")
     images = NetworkImages(lambda i: source[i][0], len(source), size, source.describe, args.resize)
     person = [args.name or str(label if names is None else names[label]) for label in labels]
     stat = path.stat()
@@ -165,8 +164,9 @@ def enrol(args: argparse.Namespace) -> None:
     finally:
         raw.unlink(missing_ok=True)
     known = len(before.names) if before is not None else 0
-    print(f"{args.gallery}: {added} photos added, {len(photos.name_N) - added} were there; {len(gallery)} photos of "
-          f"{len(gallery.names)} people ({len(gallery.names) - known} new)")  # fmt: skip
+    change = f"{added} photos added, {len(photos.name_N) - added} were there"
+    people = f"{len(gallery.names)} people ({len(gallery.names) - known} new)"
+    print(f"{args.gallery}: {change}; {len(gallery)} photos of {people}")
     tell_threshold(gallery, args.far)
     if len(gallery) > args.exact_rows:
         index(args)
@@ -183,26 +183,26 @@ def embed_strangers(args: argparse.Namespace, embedder: Embedder, detector: str 
         raw.unlink(missing_ok=True)
 
 
-def add_people(before: Gallery | None, photos: Photos, raw_ND: np.ndarray, pixels_N: np.ndarray, about: About,
-               stranger_ID: np.ndarray, path: Path) -> tuple[Gallery, int]:  # fmt: skip
+def add_people(
+    before: Gallery | None,
+    photos: Photos,
+    raw_ND: np.ndarray,
+    pixels_N: np.ndarray,
+    about: About,
+    stranger_ID: np.ndarray,
+    path: Path,
+) -> tuple[Gallery, int]:
     """Write the gallery with the new photos; a crop that its person has already is left out; it and the count."""
-    names = list(before.names) if before is not None else []
-    number = {name: person for person, name in enumerate(names)}
-    num_before = len(before) if before is not None else 0
-    there = set()
+    names, person_R, pixels_R = [], np.empty(0, np.int32), np.empty(0, np.uint64)
     if before is not None:
-        there = set(zip(before.person_R.tolist(), before.pixels_R.tolist(), strict=True))
-    chosen, person_n = [], []
+        names, person_R, pixels_R = list(before.names), before.person_R, before.pixels_R
+    number = {name: person for person, name in enumerate(names)}
+    num_before = len(person_R)
+    there = dict.fromkeys(zip(person_R.tolist(), pixels_R.tolist(), strict=True))
     for i, name in enumerate(photos.name_N):
-        person = number.setdefault(name, len(names))
-        if person == len(names):
-            names.append(name)
-        entry = (person, int(pixels_N[i]))
-        if entry not in there:
-            there.add(entry)
-            chosen.append(i)
-            person_n.append(person)
-    chosen_n = np.array(chosen, np.int64)
+        there.setdefault((number.setdefault(name, len(number)), int(pixels_N[i])), i)
+    new = [(person, i) for (person, _), i in there.items() if i is not None]
+    chosen_n = np.array([i for _, i in new], np.int64)
 
     def rows(position_B: np.ndarray) -> np.ndarray:
         block = np.empty((len(position_B), raw_ND.shape[1]), np.float32)
@@ -213,12 +213,9 @@ def add_people(before: Gallery | None, photos: Photos, raw_ND: np.ndarray, pixel
         block[~old] = unit_float32(raw_ND[new], lambda k: photos.described(int(new[k])))
         return block
 
-    old_person = before.person_R if before is not None else np.empty(0, np.int32)
-    old_pixels = before.pixels_R if before is not None else np.empty(0, np.uint64)
-    person_R = np.concatenate([old_person, np.array(person_n, np.int32)])
-    pixels_R = np.concatenate([old_pixels, pixels_N[chosen_n]])
-    gallery = write_gallery(path, about, names, person_R, pixels_R, rows, np.asarray(stranger_ID))
-    return gallery, len(chosen)
+    person_R = np.concatenate([person_R, np.array([person for person, _ in new], np.int32)])
+    pixels_R = np.concatenate([pixels_R, pixels_N[chosen_n]])
+    return write_gallery(path, about, list(number), person_R, pixels_R, rows, np.asarray(stranger_ID)), len(new)
 
 
 def chosen_precision(precision: str, gallery: Gallery | None) -> str:
@@ -231,13 +228,14 @@ def chosen_precision(precision: str, gallery: Gallery | None) -> str:
 def check_model(gallery: Gallery, embedder: Embedder, model: str | Path) -> None:
     """Refuse embeddings of other weights or of another precision."""
     enrolled, given = (precision_of(identity) for identity in (gallery.about.identity, embedder.identity))
+    problem = ""
     if enrolled != given:
-        raise UserError(f"{gallery.path}: enrolled in {enrolled}, this would be {given}; use --precision {enrolled}, "
-                        "or enrol again into another file")  # fmt: skip
-    if embedder.identity != gallery.about.identity or embedder.embedding_size != gallery.embedding_RD.shape[1]:
-        raise UserError(f"{gallery.path}: enrolled with other weights ({gallery.about.identity[:12]} of "
-                        f"{gallery.about.model}) than those of {model} ({embedder.identity[:12]}); use that --model, "
-                        "or enrol again into another file")  # fmt: skip
+        problem = f"enrolled in {enrolled}, this would be {given}; use --precision {enrolled}"
+    elif embedder.identity != gallery.about.identity or embedder.embedding_size != gallery.embedding_RD.shape[1]:
+        weights = f"other weights ({gallery.about.identity[:12]} of {gallery.about.model})"
+        problem = f"enrolled with {weights} than those of {model} ({embedder.identity[:12]}); use that --model"
+    if problem:
+        raise UserError(f"{gallery.path}: {problem}, or enrol again into another file")
 
 
 def find(args: argparse.Namespace) -> None:
@@ -257,19 +255,18 @@ def find(args: argparse.Namespace) -> None:
     found = []
     for face, (box, matches) in enumerate(zip(boxes, answers, strict=True)):
         known = bool(matches and matches[0].cos > limit.value)
-        found.append({"face": face, "box": [round(value, 1) for value in box],
-                      "matches": [asdict(match) for match in matches], "known": known})  # fmt: skip
+        answer = {"matches": [asdict(match) for match in matches], "known": known}
+        found.append({"face": face, "box": [round(value, 1) for value in box], **answer})
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.json, found)
     for face in found:
         tell_face(face, answers[face["face"]])
-    print(limit if isinstance(limit, Threshold) and limit.strangers else f"threshold {limit.value:.4f} as given; its "
-          "false-accept rate is not known")  # fmt: skip
+    as_given = f"threshold {limit.value:.4f} as given; its false-accept rate is not known"
+    print(limit if limit.strangers else as_given)
     if isinstance(searcher, ApproximateSearch):
-        about = searcher.about
-        print(f"searched by index: of {about['asked']} photos asked when it was built it found the nearest of "
-              f"{about['recall']:.4f}")  # fmt: skip
+        asked, recall = searcher.about["asked"], searcher.about["recall"]
+        print(f"searched by index: of {asked} photos asked when it was built it found the nearest of {recall:.4f}")
 
 
 def tell_face(face: dict, matches: list[Match]) -> None:
@@ -291,8 +288,8 @@ def chosen_threshold(gallery: Gallery, args: argparse.Namespace) -> Threshold:
         return Threshold(args.threshold, rate, count)
     limit = gallery.threshold(args.far)
     if limit is None:
-        raise UserError(f"{gallery.path}: one person alone, so no threshold could be measured; enrol others, enrol "
-                        "again with --impostors, or give --threshold")  # fmt: skip
+        remedy = "enrol others, enrol again with --impostors, or give --threshold"
+        raise UserError(f"{gallery.path}: one person alone, so no threshold could be measured; {remedy}")
     return limit
 
 
@@ -302,8 +299,9 @@ def choose_search(gallery: Gallery, args: argparse.Namespace):
     return ApproximateSearch(gallery) if approximate else gallery
 
 
-def faces_of(path: Path, size: int, args: argparse.Namespace, of_gallery: str | None
-             ) -> tuple[np.ndarray, list[tuple[float, float, float, float]]]:  # fmt: skip
+def faces_of(
+    path: Path, size: int, args: argparse.Namespace, of_gallery: str | None
+) -> tuple[np.ndarray, list[tuple[float, float, float, float]]]:
     """(crops [Q, size, size, 3], boxes): every face that the detector finds, or the whole photo as one crop."""
     detector = of_gallery if args.detector is None else args.detector
     if not path.is_file():
@@ -323,8 +321,8 @@ def tell_threshold(gallery: Gallery, far: float) -> None:
     """What was measured, and on whom."""
     limit = gallery.threshold(far)
     if limit is None:
-        print(f"{gallery.path}: one person alone: no threshold can be measured; enrol others, or give --impostors",
-              file=sys.stderr)  # fmt: skip
+        problem = "one person alone: no threshold can be measured"
+        print(f"{gallery.path}: {problem}; enrol others, or give --impostors", file=sys.stderr)
         return
     whom = gallery.about.strangers or f"photos of these {len(gallery.names)} people, each without its own person"
     print(f"{limit}: {whom}")
@@ -336,8 +334,8 @@ def index(args: argparse.Namespace) -> None:
     """Build the index of a large gallery (``enrol`` does it by itself above ``--exact-rows``)."""
     about = build_index(Gallery(args.gallery))
     print(f"{index_path(args.gallery)}: {about['rows']} photos in {about['lists']} lists, {about['probed']} searched")
-    print(f"beside the exact search, on {about['asked']} photos: the nearest found for {about['recall']:.4f}, "
-          f"{about['recall_10']:.4f} of the ten nearest")  # fmt: skip
+    found = f"the nearest found for {about['recall']:.4f}, {about['recall_10']:.4f} of the ten nearest"
+    print(f"beside the exact search, on {about['asked']} photos: {found}")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -375,11 +373,9 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--resize", action="store_true", help="resize crops of another size")
             add_engine_options(sub)
             add_device_option(sub)
-            sub.add_argument(
-                "--far", type=float, default=0.01, help="false-accept rate aimed at (default: %(default)s)"
-            )
-            sub.add_argument("--exact-rows", type=int, default=EXACT_ROWS,
-                             help="photos up to which search is exact (default: %(default)s)")  # fmt: skip
+            rate, exact = "false-accept rate aimed at", "photos up to which search is exact"
+            sub.add_argument("--far", type=float, default=0.01, help=f"{rate} (default: %(default)s)")
+            sub.add_argument("--exact-rows", type=int, default=EXACT_ROWS, help=f"{exact} (default: %(default)s)")
         return sub
 
     sub = command(enrol, "source", "gallery")

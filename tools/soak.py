@@ -161,9 +161,8 @@ def soak(folder: Path, kills: int, seed: int, steps: int = 60, num_ranks: int = 
                 raise UserError(f"{output}: the last checkpoint differs from the undisturbed run's")
             finished += 1
             output = folder / f"run_{finished}"
-    seconds = time.monotonic() - began
-    return {"kills": done, "kills_in_save": in_save, "starts": starts, "finished_runs": finished,
-            "slowest_end_s": round(slowest, 1), "seconds": round(seconds)}  # fmt: skip
+    times = {"slowest_end_s": round(slowest, 1), "seconds": round(time.monotonic() - began)}
+    return {"kills": done, "kills_in_save": in_save, "starts": starts, "finished_runs": finished, **times}
 
 
 @one_line_errors

@@ -101,8 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=2048, help="order of the pictures and choice of the pairs")
     args = parser.parse_args(argv)
     check_ranges(args, seed=COUNT)
-    parts = {"casia": ["CASIA-maxpy-clean", "lfw-align-128"], "celeba": ["train", "val"],
-             "photos": ["photos"]}[args.layout]  # fmt: skip
+    parts = {"casia": ["CASIA-maxpy-clean", "lfw-align-128"], "celeba": ["train", "val"]}.get(args.layout, ["photos"])
     for part in parts:
         if (args.output / part).exists():
             raise UserError(f"{args.output / part}: exists already; delete it or choose another --output")
