@@ -266,11 +266,11 @@ def test_bad_pairs(tmp_path, line, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["show", "a.bin", "x.png", "--num-pairs", 0], "--num-pairs 0: a whole number from 1 on"),
+        (["show", "a.bin", "x.png", "--num-pairs", 0], "--num-pairs 0: must be at least 1"),
         (["show", "a.bin", "x.png", "--columns", -2], "--columns -2"),
         (["show", "a.bin", "x.docx"], "x.docx: OpenCV cannot write this kind of picture"),
         (["make", ".", "b.bin", "--image-size", -5], "--image-size -5"),
-        (["make", ".", "b.bin", "--quality", 101], "--quality 101: a whole number from 0 to 100"),
+        (["make", ".", "b.bin", "--quality", 101], "--quality 101: must be from 0 to 100"),
         (["make", ".", "b.bin", "--seed", -1], "--seed -1"),
     ],
 )

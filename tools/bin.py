@@ -10,7 +10,6 @@ Images of another size are an error unless --resize says how to change them. Out
 """
 
 import argparse
-import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -25,16 +24,10 @@ from dataset import FolderDataset
 from eval.bins import load_bin, read_bin, save_bin
 from eval.protocols import read_pair_files
 from utils.decode import DecodeError, decode_image, fit_image
-from utils.errors import CommandLine, UserError, one_line_errors
+from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import written_whole
 from utils.progress import progress
 
-RANGES = {
-    **dict.fromkeys(("num_pairs", "columns"), (1, math.inf)),
-    "image_size": (1, 4096),
-    "quality": (0, 100),
-    "seed": (0, math.inf),
-}
 GREEN, RED, FRAME = (40, 160, 40), (200, 40, 40), 3
 
 
@@ -189,11 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    for name, (low, high) in RANGES.items():
-        value = getattr(args, name, low)  # a command has some of them
-        if not low <= value <= high:
-            told = f"from {low} on" if high == math.inf else f"from {low} to {high}"
-            raise UserError(f"--{name.replace('_', '-')} {value}: a whole number {told} is needed")
+    check_ranges(args, num_pairs=POSITIVE, columns=POSITIVE, image_size=(1, 4096), quality=(0, 100), seed=COUNT)
     args.run(args)
 
 
