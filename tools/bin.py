@@ -23,7 +23,7 @@ import numpy as np
 from dataset import FolderDataset
 from eval.bins import load_bin, read_bin, save_bin
 from eval.protocols import read_pair_files
-from utils.decode import DecodeError, decode_image, fit_image
+from utils.decode import DecodeError, face_file
 from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import written_whole
 from utils.progress import progress
@@ -84,19 +84,10 @@ def _tenths(items: list) -> list[list]:
 
 
 def _prepare(path: Path, size: tuple[int, int], resize: str, quality: int) -> bytes:
-    encoded = path.read_bytes()
     try:
-        image = decode_image(encoded)
+        return face_file(path.read_bytes(), size, resize, quality, name=lambda: path)
     except DecodeError as error:
         raise UserError(f"{path}: {error}") from error
-    if image.shape[:2] == size and (encoded[:3] == b"\xff\xd8\xff" or encoded[:4] == b"\x89PNG"):
-        return encoded
-    if image.shape[:2] != size:
-        if resize == "no":
-            found = "x".join(map(str, image.shape[:2]))
-            raise UserError(f"{path}: {found}, {size[0]}x{size[1]} expected; align it, or give --resize")
-        image = fit_image(image, size, resize)
-    return cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def run_show(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ Orientation tags are ignored: mxnet ignores them, and aligned faces are upright.
 
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -143,6 +144,32 @@ def _first_scan(encoded: bytes) -> int | None:
         else:
             position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
     return None
+
+
+def face_file(
+    encoded: bytes, size: tuple[int, int] | None, mode: str | None, quality: int, name: Callable[[], object]
+) -> bytes:
+    """The file's own bytes if they are a whole JPEG or PNG of (height, width) ``size``, else a JPEG of that size.
+
+    Args:
+        size: None takes any.
+        mode: of ``fit_image``; ``no`` refuses other sizes.
+        quality: of a JPEG that is made.
+        name: what to call the image in an error.
+
+    Raises:
+        DecodeError: it is damaged.
+        UserError: it has another size, and ``mode`` is ``no``.
+    """
+    image = decode_image(encoded)
+    fits = size in (None, image.shape[:2])
+    if fits and encoded.startswith((JPEG_START, b"\x89PNG")):
+        return encoded
+    if not fits and mode == "no":
+        found = "x".join(map(str, image.shape[:2]))
+        raise UserError(f"{name()}: {found}, {size[0]}x{size[1]} expected; align it, or give --resize")
+    image = image if fits else fit_image(image, size, mode)
+    return cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def fit_image(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from dataset import FaceRecordDataset, ListDataset, Source, build_source, check_labels, recognise, save_identities
@@ -30,7 +29,7 @@ from tools.rec.parquet import ParquetDataset, find_parquet
 from tools.rec.verify import verify
 from tools.rec.write import in_order, write_records
 from utils.data.labels import LABELS_NAME, Relabelled
-from utils.decode import DecodeError, decode_image, fit_image
+from utils.decode import DecodeError, face_file
 from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import write_json
 from utils.progress import progress
@@ -105,21 +104,10 @@ def _fingerprint(source: Source, order: np.ndarray) -> list:
 
 
 def _prepare(source: Source, i: int, size: tuple[int, int] | None, resize: str | None, quality: int) -> bytes:
-    """The file's own bytes if they are a whole JPEG or PNG of the right size, else a JPEG of that size."""
-    encoded = bytes(source.fetch(i)[0])
     try:
-        image = decode_image(encoded)
+        return face_file(bytes(source.fetch(i)[0]), size, resize, quality, name=lambda: source.describe(i))
     except DecodeError as error:
         raise source.damaged(i, str(error)) from error
-    known = encoded[:3] == b"\xff\xd8\xff" or encoded[:4] == b"\x89PNG"
-    if known and size in (None, image.shape[:2]):
-        return encoded
-    if size is not None and image.shape[:2] != size:
-        if resize == "no":
-            found = "x".join(map(str, image.shape[:2]))
-            raise UserError(f"{source.describe(i)}: {found}, {size[0]}x{size[1]} expected; align it, or give --resize")
-        image = fit_image(image, size, resize)
-    return cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def run_unpack(args: argparse.Namespace) -> None:
