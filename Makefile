@@ -78,10 +78,14 @@ gpu-check: ## for a machine with GPUs: right, how fast, how much memory; one JSO
 gpu-kernels: .venv-gpu/.done ## every kernel that training calls exists in the GPU build of Paddle 2.6.2
 	.venv-gpu/bin/python -W ignore tools/gpu_kernels.py
 
+# Each ends within ten minutes; search asks the network that `make demo` leaves.
+BENCHMARKS = head reader eval embed train_step loop_overhead parity align "clean scale --images 580000 --identities 8574" \
+	$(if $(wildcard $(OUT)/run),"search --model $(OUT)/run")
 bench: setup ## every benchmark, one JSON each in work_dirs/bench
 	mkdir -p work_dirs/bench
-	set -e; for name in head reader eval embed train_step loop_overhead parity; do \
-		$(PY) benchmarks/$$name.py --json work_dirs/bench/$$name.json; done
+	@test -d $(OUT)/run || echo "WARNING: no $(OUT)/run; search is left out, run make demo" >&2
+	set -e; for words in $(BENCHMARKS); do set -- $$words; name=$$1; shift; \
+		$(PY) benchmarks/$$name.py "$$@" --json work_dirs/bench/$$name.json; done
 
 lint: setup ## ruff, checks only
 	.venv/bin/ruff check .
