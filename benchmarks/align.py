@@ -69,10 +69,9 @@ def turned(photo: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The photo turned, scaled and shifted, and the matrix of it."""
     rng = np.random.default_rng(seed)
     height, width = photo.shape[:2]
-    angle, scale = np.deg2rad(rng.uniform(-15, 15)), rng.uniform(0.8, 1.25)
-    turn_22 = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    centre_2 = np.array([width, height]) * scale * 0.6 + rng.uniform(-2, 2, 2)
-    matrix_23 = np.hstack([turn_22, (centre_2 - turn_22 @ (width / 2, height / 2))[:, None]])
+    angle, scale = rng.uniform(-15, 15), rng.uniform(0.8, 1.25)
+    matrix_23 = cv2.getRotationMatrix2D((width / 2, height / 2), -angle, scale)
+    matrix_23[:, 2] += np.array([width, height]) * (0.6 * scale - 0.5) + rng.uniform(-2, 2, 2)
     side = (int(width * scale * 1.2), int(height * scale * 1.2))
     return cv2.warpAffine(photo, matrix_23, side, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), matrix_23
 

@@ -33,10 +33,9 @@ REPEATS = 5
 
 def varied(crop_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A crop turned by up to 6 degrees, scaled and shifted by up to 5 %, its contrast and brightness changed."""
-    angle, scale = np.deg2rad(rng.uniform(-6, 6)), rng.uniform(0.95, 1.05)
-    turn_22 = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    shift_2 = 55.5 + rng.uniform(-5.6, 5.6, 2) - turn_22 @ (55.5, 55.5)
-    warped = cv2.warpAffine(crop_HWC, np.hstack([turn_22, shift_2[:, None]]), (112, 112), borderMode=cv2.BORDER_REFLECT)
+    matrix_23 = cv2.getRotationMatrix2D((55.5, 55.5), -rng.uniform(-6, 6), rng.uniform(0.95, 1.05))
+    matrix_23[:, 2] += rng.uniform(-5.6, 5.6, 2)
+    warped = cv2.warpAffine(crop_HWC, matrix_23, (112, 112), borderMode=cv2.BORDER_REFLECT)
     return np.clip((warped - 127.5) * rng.uniform(0.8, 1.2) + 127.5 + rng.uniform(-20, 20), 0, 255).astype(np.uint8)
 
 

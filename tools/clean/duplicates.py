@@ -74,11 +74,11 @@ def near_pairs(
     """
 
     def candidates() -> Iterable[np.ndarray]:
-        for identity, image_n, unit_nD in rows.identity_blocks():
-            if len(image_n) == rows.count_L[identity] <= _BLOCK:
+        for _, image_n, unit_nD in rows.identities(_BLOCK):
+            if unit_nD is None:
+                yield from _close_pairs(rows, image_n)
+            else:
                 yield image_n[np.argwhere(np.triu(unit_nD @ unit_nD.T >= NEAR_COSINE, 1))]
-            elif image_n[0] == rows.images_of(identity)[0]:  # several pieces: at the first of them, all
-                yield from _close_pairs(rows, rows.images_of(identity))
             advance(len(image_n))
         for left, right in same_P2.tolist():
             yield from _close_pairs(rows, rows.images_of(left), rows.images_of(right))

@@ -3,8 +3,6 @@
 Legend: L identities, S sampled identities, n images of one, P people of one, D embedding size.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from tools.clean.rows import Rows
@@ -38,9 +36,11 @@ def find_people(
     large_L = rows.count_L >= 2 * _SMALLEST_PERSON
     weakest_L = np.full(rows.num_identities, np.inf)
     with progress_bar("identities", int(large_L.sum()), enabled=show_progress) as advance:
-        for identity, unit_nD in _trees_rows(rows, large_L, seed):
-            weakest_L[identity] = Tree(unit_nD, _smallest_person(len(unit_nD)), typical).weakest
-            advance(1)
+        for identity, _, unit_nD in rows.identities(LARGEST_TREE):
+            if large_L[identity]:
+                unit_nD = rows.unit(_tree_images(rows, identity, seed)) if unit_nD is None else unit_nD
+                weakest_L[identity] = Tree(unit_nD, _smallest_person(len(unit_nD)), typical).weakest
+                advance(1)
     measured = weakest_L[np.isfinite(weakest_L)]
     if not len(measured):
         return {}, np.nan
@@ -69,18 +69,6 @@ def _tree_images(rows: Rows, identity: int, rng_seed: int) -> np.ndarray:
         return image_n
     chosen = np.random.default_rng((rng_seed, identity)).permutation(len(image_n))[:LARGEST_TREE]
     return image_n[np.sort(chosen)]
-
-
-def _trees_rows(rows: Rows, wanted_L: np.ndarray, seed: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(identity, unit rows of its tree) of wanted identities; those of a sample are gathered by themselves."""
-    done = -1
-    for identity, _, unit_nD in rows.identity_blocks():
-        if not wanted_L[identity] or identity == done:
-            continue
-        done = identity
-        if not len(unit_nD) == rows.count_L[identity] <= LARGEST_TREE:
-            unit_nD = rows.unit(_tree_images(rows, identity, seed))
-        yield identity, unit_nD
 
 
 def _between_identities(rows: Rows, sample_S: np.ndarray, typical: float) -> np.ndarray:

@@ -80,6 +80,17 @@ class Rows:
             image_B = self.order_N[first : first + height]
             yield image_B, self.unit(image_B)
 
+    def identities(self, largest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        """(identity, image numbers, unit rows), one identity at a time; no rows of those that have many images.
+
+        ``largest``: how many they have at the most to come with their rows.
+        """
+        for identity, image_n, unit_nD in self.identity_blocks():
+            if len(image_n) == self.count_L[identity] <= largest:
+                yield identity, image_n, unit_nD
+            elif image_n[0] == self.order_N[self.start_L[identity]]:  # the first of several pieces
+                yield identity, self.images_of(identity), None
+
     def identity_blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(identity, image numbers, unit rows) one identity at a time; small ones are read many at once.
 

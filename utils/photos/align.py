@@ -8,6 +8,8 @@ an SVD; in two dimensions none is needed, and a reflection cannot come out).
 import cv2
 import numpy as np
 
+from utils.decode import fit_image
+
 # Eyes, nose tip, mouth corners (x, y) in a 112 x 112 face crop.
 ARCFACE_TEMPLATE = (
     (38.2946, 51.6963),
@@ -54,10 +56,7 @@ def align_face(image: np.ndarray, landmark_52: np.ndarray, size: int = 112, anti
     aligned 112x112 images in the same way.
     """
     matrix_23 = similarity_transform(landmark_52, np.asarray(ARCFACE_TEMPLATE))
-    aligned = warp(image, matrix_23, 112, antialias)
-    if size == 112:
-        return aligned
-    return cv2.resize(aligned, (size, size), interpolation=cv2.INTER_AREA if size < 112 else cv2.INTER_LINEAR)
+    return fit_image(warp(image, matrix_23, 112, antialias), (size, size), "stretch")
 
 
 def warp(image: np.ndarray, matrix_23: np.ndarray, side: int, antialias: bool = True) -> np.ndarray:
