@@ -52,6 +52,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    def kwargs(self) -> dict[str, Any]:
+        """What is set, but for the name: keyword arguments for what the section describes."""
+        return self.model_dump(exclude={"name", "network"}, exclude_none=True)
+
 
 class RunConfig(Section):
     """What is run, where, and how long."""
@@ -83,9 +87,7 @@ class DataConfig(Section):
     list_file: FilePath | None = None  # list: file of "path label" lines
     num_classes: PositiveInt | None = None  # identities; None: as many as the data says
     relabel: bool = False  # number the labels that occur 0, 1, ... (labels.json in the run says which was which)
-    shared_identities: bool | FilePath = (
-        False  # several sets: true: equal names are one person; or a file that says who is
-    )
+    shared_identities: bool | FilePath = False  # several sets: true: equal names are one person; or a file that tells
     weights: tuple[PositiveFloat, ...] = ()  # several sets: how often an epoch draws each image of a set; () is once
     num_images: PositiveInt | None = None  # synthetic: images an epoch; others: read from the data
     image_size: PositiveInt | None = None  # synthetic: side of the images made; None: model.input_size
@@ -103,7 +105,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """Exactly ``network`` and the keyword arguments of ``backbones.build_backbone``; None: the backbone's default."""
+    """``network`` and exactly the keyword arguments of ``backbones.build_backbone``; None: the backbone's default."""
 
     network: str = "iresnet50"
     embedding_size: PositiveInt = 512
@@ -118,13 +120,9 @@ class ModelConfig(Section):
     mask_ratio: float | None = Field(None, ge=0, lt=1)
     drop_path: float | None = Field(None, ge=0, lt=1)
 
-    def kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for ``build_backbone(self.network, **kwargs)``."""
-        return {key: value for key, value in self.model_dump().items() if key != "network" and value is not None}
-
 
 class MarginConfig(Section):
-    """``losses.build_margin(name, **params)``; a parameter left out takes the margin's own default."""
+    """``losses.build_margin(name, **kwargs)``; None: the margin's own default."""
 
     name: Annotated[str, AfterValidator(str.lower)] = "arcface"
     s: PositiveFloat | None = None  # scale of the logits
@@ -148,10 +146,6 @@ class MarginConfig(Section):
     lambda_min: float | None = None  # SphereFace's annealing
     lambda_base: float | None = None
     lambda_gamma: float | None = None
-
-    def kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for ``build_margin(self.name, **kwargs)``."""
-        return {key: value for key, value in self.model_dump().items() if key != "name" and value is not None}
 
 
 class HeadConfig(Section):
@@ -272,18 +266,16 @@ class Config(Section):
 
     def source_options(self) -> dict[str, Any]:
         """Keyword arguments of ``dataset.build_source`` for this kind of data; ConfigError if the place is not set."""
-        data = self.data
-        needed = {"rec": "root", "folder": "root", "celeba": "root", "wds": "root", "list": "list_file"}.get(data.kind)
-        several = isinstance(data.root, tuple)
+        data, several = self.data, isinstance(self.data.root, tuple)
         if several and not data.root:
             raise ConfigError("data.root: () names no data set; give a path, or a list of paths")
         for name, value in (("weights", data.weights), ("shared_identities", data.shared_identities)):
             if value and not several:
                 raise ConfigError(f"data.{name}: {value!r} is for several sets: data.root=[a, b]")
         if several:
-            own = {"prefix": data.prefix, "weights": data.weights, "shared_identities": data.shared_identities}
-            return {"root": data.root, "relabel": data.relabel, **own}
-        if needed is not None and getattr(data, needed) is None:
+            return data.model_dump(include={"root", "relabel", "prefix", "weights", "shared_identities"})
+        needed = "list_file" if data.kind == "list" else "root"
+        if data.kind not in ("mnist", "synthetic") and getattr(data, needed) is None:
             raise ConfigError(f"data.{needed}: not set; say where the data of kind {data.kind!r} lies")
         if data.kind == "synthetic":
             return {
@@ -291,9 +283,8 @@ class Config(Section):
                 "num_images": data.num_images or 10000,
                 "image_size": data.image_size or self.model.input_size,
             }
-        extra = {"rec": {"prefix": data.prefix}, "list": {"list_file": data.list_file}, "mnist": {"split": data.split}}
-        options = {"root": data.root, "relabel": data.relabel, **extra.get(data.kind, {})}
-        return {key: value for key, value in options.items() if value is not None}
+        extra = {"rec": {"prefix"}, "list": {"list_file"}, "mnist": {"split"}}.get(data.kind, set())
+        return data.model_dump(include={"root", "relabel"} | extra, exclude_none=True)
 
     def loader_options(self) -> dict[str, Any]:
         """Keyword arguments of ``dataset.build_train_loader`` beyond source, batch, ranks, seed."""
@@ -336,9 +327,6 @@ class _UniqueKeys(yaml.SafeLoader):
                 first = lines[key.value]
                 raise ConfigError(f"{key.value!r} stands twice, in lines {first} and {line}; keep one of them")
         return super().construct_mapping(node, deep)
-
-
-_FREE = "data.augment."  # below it the names are those of utils/data/augment.py, checked there
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -386,9 +374,7 @@ def parse_arguments(argv: list[str] | None, default: Path, description: str) -> 
     parser.add_argument("--resume", nargs="?", const="latest", help=told)
     arguments = parser.parse_intermixed_args(argv)
     words, resume = arguments.words, arguments.resume
-    if resume and (
-        resume.endswith((".yaml", ".yml")) or _is_override(resume)
-    ):  # argparse took the next word for its value
+    if resume and (resume.endswith((".yaml", ".yml")) or _is_override(resume)):  # argparse took the next word for it
         words, resume = [*words, resume], "latest"
     files = [word for word in words if not _is_override(word)] + ([arguments.config] if arguments.config else [])
     overrides = [word for word in words if _is_override(word)]
@@ -447,8 +433,7 @@ def fresh(config: Config) -> Config:
 
 def dump_config(config: Config) -> str:
     """YAML text that ``load_config`` reads back to an equal configuration; unset optional keys are left out."""
-    tree = config.model_dump(mode="json", exclude_none=True)
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
 
 def setting_names(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -466,7 +451,8 @@ def _apply_override(tree: dict, override: str) -> None:
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
         raise ConfigError(f"override {override!r}: write section.key=value, e.g. optim.lr=0.02")
-    if name.strip() not in setting_names() and not name.strip().startswith(_FREE):
+    # The names of augmentations are checked where they are built.
+    if name.strip() not in setting_names() and not name.strip().startswith("data.augment."):
         raise ConfigError(f"override {override!r}: {_unknown(name.strip())}")
     try:
         value = yaml.safe_load(text) if text else None
@@ -485,9 +471,8 @@ def _apply_override(tree: dict, override: str) -> None:
 def _unknown(name: str) -> str:
     """``unknown setting 'x'; did you mean 'y'?`` with the nearest name, dotted, of the same section if there is one."""
     known = setting_names()
-    section = name.rpartition(".")[0]
+    section, _, leaf = name.rpartition(".")
     siblings = [candidate for candidate in known if candidate.rpartition(".")[0] == section]
-    leaf = name.rpartition(".")[2]
     same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
     nearest = (
         difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
