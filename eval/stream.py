@@ -22,7 +22,7 @@ import numpy as np
 from eval.embed import CHECKED_IMAGES, Embedder, start
 from utils import distributed
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import check_replaceable, write_json
 from utils.owner import claim
 from utils.progress import progress_bar
 
@@ -170,6 +170,7 @@ class _Partial:
     ENTRY = np.dtype([("mark", "V8"), ("flagged", "<u4")])
 
     def __init__(self, output: Path, num_images: int, row: tuple[int, ...], chunk: int, identity: list[str]):
+        check_replaceable(output)
         self.output = output
         self.part, self.done = partial_files(output)
         self.num_images, self.row, self.chunk = num_images, row, chunk

@@ -2,10 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from utils.errors import UserError
 from utils.files import describe_bytes, file_stamps, write_array, write_csv, write_json, write_text, written_whole
 
 
@@ -22,6 +24,21 @@ def test_a_file_is_whole_or_absent(tmp_path):
         second.write_bytes(b"2")
     write_array(path, np.arange(3))
     assert np.load(path).tolist() == [0, 1, 2] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such devices there")
+def test_what_must_not_be_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    for place, told in ((tmp_path / "pipe", "is a device or a pipe"), (tmp_path, "is a folder"), (Path(), "is a folder"),
+                        (Path("/dev/null"), "is a device or a pipe")):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{place}: {told}" if place.name else told), written_whole(place):
+            raise AssertionError("nothing may be written")
+    with pytest.raises(NotADirectoryError, match=r"Not a directory: '.*/file/x'$"):
+        write_text(tmp_path / "file" / "x", "y")
+    with pytest.raises(FileNotFoundError, match=r"'.*/none/x'$"):
+        write_csv(tmp_path / "none" / "x", [{"a": 1}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
 
 
 def test_json_and_csv(tmp_path):

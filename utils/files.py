@@ -12,19 +12,44 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.errors import UserError
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse a folder, and a device or pipe, which a rename would replace (as root even /dev/null).
+
+    Raises:
+        UserError: that is what is there.
+    """
+    if path.is_dir() or not path.name:
+        raise UserError(f"{path}: is a folder; name a file to write")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a device or a pipe and would be replaced; name a file to write")
+
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Gives a path beside ``path`` to write to; it takes the name when the block ends, or is removed if it fails."""
+    """Gives a path beside ``path`` to write to; it takes the name when the block ends, or is removed if it fails.
+
+    Raises:
+        UserError: a folder, a device or a pipe is there (``check_replaceable``).
+        OSError: the file cannot be written; it is named as the user named it.
+    """
     path = Path(path)
+    check_replaceable(path)
     # The suffix stays last, because some writers choose by it (or add it); the token tells processes of two machines
     # or containers apart, which may have one number.
     aside = path.with_name(f".{os.getpid()}_{secrets.token_hex(4)}_{path.name}")
     try:
         yield aside
         aside.replace(path)
+    except OSError as error:
+        if error.filename is not None and Path(os.fsdecode(error.filename)) == aside:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
