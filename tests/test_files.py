@@ -30,9 +30,10 @@ def test_a_file_is_whole_or_absent(tmp_path):
 def test_what_must_not_be_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").touch()
-    for place, told in ((tmp_path / "pipe", "is a device or a pipe"), (tmp_path, "is a folder"), (Path(), "is a folder"),
-                        (Path("/dev/null"), "is a device or a pipe")):  # fmt: skip
-        with pytest.raises(UserError, match=f"^{place}: {told}" if place.name else told), written_whole(place):
+    device, folder = "is a device or a pipe", "is a folder"
+    for place, told in (("pipe", device), (".", folder), (tmp_path, folder), (Path("/dev/null"), device)):
+        place = tmp_path / place
+        with pytest.raises(UserError, match=f"^{place}: {told}"), written_whole(place):
             raise AssertionError("nothing may be written")
     with pytest.raises(NotADirectoryError, match=r"Not a directory: '.*/file/x'$"):
         write_text(tmp_path / "file" / "x", "y")
