@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     warnings = distractor_remarks(result, sizes, FARS, len(distractor_MD))
     settings = {key: str(value) for key, value in vars(args).items() if value is not None} | {"label": label}
     with claim(folder, "name another --result-dir"):
-        for table in write_distractor_results(folder, result, settings, warnings):
-            print_table(table["head"], table["rows"])
+        for _, head, rows in write_distractor_results(folder, result, settings, warnings):
+            print_table(head, rows)
         print_warnings(warnings)
         print(f"results in {folder}")
         if args.report is not None:

@@ -1,15 +1,15 @@
 """Result folders of the evaluations: figures as JSON and CSV, pictures, and a page of one or several of them.
 
 A result folder is what ``eval/verification.py``, ``eval/ijb.py`` or ``eval/megaface.py`` wrote: ``<kind>.json`` and
-what it names. On a page several runs stand side by side: one column each in every table, one line each in every ROC
-picture.
+what it names.
 
 Legend: P pairs, N images.
 """
 
+import itertools
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,14 +22,7 @@ from eval.pages import Page
 from eval.pairs import Pairs, SetResult, result_row, result_table, set_warnings
 from eval.plots import draw_errors, draw_histogram, draw_roc
 from eval.protocols import TemplateProtocol
-from eval.tables import (
-    Identification,
-    Tables,
-    TemplateResult,
-    identification_table,
-    published_table,
-    strict_table,
-)
+from eval.tables import Identification, Tables, TemplateResult, identification_table, published_table, strict_table
 from utils.errors import UserError
 from utils.files import write_array, write_csv, write_json
 
@@ -47,6 +40,7 @@ TEMPLATE_NOTES = (
     "All galleries together: the closed-set numbers of the reference script; its 'FAR' accepts as many impostor PAIRS "
     "as the given share of the probes, which is neither a pair rate nor FPIR.",
 )
+Curves = Mapping[str, Mapping[str, Sequence[float]]]  # name -> {"far": [K], "tar": [K]}
 
 
 @dataclass(frozen=True)
@@ -58,44 +52,45 @@ class Result:
     folder: Path
 
 
+def _write(path: Path, settings: dict, rows: Sequence[Mapping], content: dict) -> None:
+    """``<kind>.json`` and, of its figures, ``<kind>.csv``. ``path`` is theirs without a suffix."""
+    columns = {"tables": ("title", "head", "rows"), "pictures": ("file", "title")}
+    content |= {key: [dict(zip(names, row, strict=True)) for row in content[key]] for key, names in columns.items()}
+    content = {"kind": path.name, "label": settings["label"], "settings": settings, **content}
+    write_json(path.with_suffix(".json"), content)
+    write_csv(path.with_suffix(".csv"), rows)
+
+
+def _roc(score_P: np.ndarray, same_P: np.ndarray, far_K: np.ndarray) -> dict[str, list[float]]:
+    """The curve at those FARs that the number of impostors can show."""
+    far_K = far_K[far_K >= 0.5 / np.count_nonzero(~same_P)]
+    return {"far": far_K.tolist(), "tar": roc_at(score_P, same_P, far_K).tolist()}
+
+
+def _draw_roc(curves: Curves, path: Path, title: str) -> None:
+    draw_roc({name: (curve["far"], curve["tar"]) for name, curve in curves.items()}, path, title)
+
+
 def write_pair_results(
     folder: Path, results: dict[str, SetResult], sets: Mapping[str, Pairs], settings: dict
 ) -> list[dict]:
     """``verification.json``, ``.csv`` and pictures into ``folder``; returns the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [result_row(result, settings["threshold"]) for result in results.values()]
-    far_grid = np.logspace(-5, 0, 251)
-    roc, pictures = {}, []
+    roc, pictures = {}, [("roc.png", "ROC")]
     for name, result in results.items():
         cosine_P = 1 - result.distance_P / 2
-        threshold = result.metrics.threshold
         if 0 < result.same_P.sum() < len(result.same_P):
-            shown = far_grid[far_grid >= 0.5 / np.count_nonzero(~result.same_P)]
-            roc[name] = {"far": shown.tolist(), "tar": roc_at(cosine_P, result.same_P, shown).tolist()}
-        draw_histogram(cosine_P, result.same_P, folder / f"{name}_histogram.png", name, 1 - threshold / 2)
-        draw_errors(
-            _worst_pairs(result, sets[name][0], settings["num_errors"]),
-            folder / f"{name}_errors.png",
-            f"{name}: most confident errors",
-        )
-        pictures += [
-            {"file": f"{name}_histogram.png", "title": f"{name}: score histogram"},
-            {"file": f"{name}_errors.png", "title": f"{name}: most confident errors"},
-        ]
-    draw_roc({name: (curve["far"], curve["tar"]) for name, curve in roc.items()}, folder / "roc.png", "Verification")
-    head, body = result_table(rows, settings["far"])
-    content = {
-        "kind": "verification",
-        "label": settings["label"],
-        "settings": settings,
-        "sets": {row["set"]: row for row in rows},
-        "warnings": set_warnings(results),
-        "tables": [{"title": "Sets", "head": head, "rows": body}],
-        "roc": roc,
-        "pictures": [{"file": "roc.png", "title": "ROC"}, *pictures],
-    }
-    write_json(folder / "verification.json", content)
-    write_csv(folder / "verification.csv", rows)
+            roc[name] = _roc(cosine_P, result.same_P, np.logspace(-5, 0, 251))
+        histogram, errors = f"{name}_histogram.png", f"{name}_errors.png"
+        draw_histogram(cosine_P, result.same_P, folder / histogram, name, 1 - result.metrics.threshold / 2)
+        worst = _worst_pairs(result, sets[name][0], settings["num_errors"])
+        draw_errors(worst, folder / errors, f"{name}: most confident errors")
+        pictures += [(histogram, f"{name}: score histogram"), (errors, f"{name}: most confident errors")]
+    _draw_roc(roc, folder / "roc.png", "Verification")
+    content = {"sets": {row["set"]: row for row in rows}, "warnings": set_warnings(results)}
+    content |= {"tables": [("Sets", *result_table(rows, settings["far"]))], "roc": roc, "pictures": pictures}
+    _write(folder / "verification", settings, rows, content)
     return rows
 
 
@@ -104,14 +99,12 @@ def _worst_pairs(result: SetResult, image_NHWC: np.ndarray, count: int) -> list[
     threshold = result.metrics.threshold
     wrong = np.flatnonzero((result.distance_P < threshold) != result.same_P)
     order = wrong[np.argsort(-np.abs(result.distance_P[wrong] - threshold), kind="stable")][:count]
-    return [
-        (
-            image_NHWC[2 * pair],
-            image_NHWC[2 * pair + 1],
-            f"pair {pair}, {'same' if result.same_P[pair] else 'different'}, cos {1 - result.distance_P[pair] / 2:.2f}",
-        )
-        for pair in order
-    ]
+    cells = []
+    for pair in order:
+        kind = "same" if result.same_P[pair] else "different"
+        caption = f"pair {pair}, {kind}, cos {1 - result.distance_P[pair] / 2:.2f}"
+        cells.append((image_NHWC[2 * pair], image_NHWC[2 * pair + 1], caption))
+    return cells
 
 
 def write_template_results(
@@ -121,46 +114,32 @@ def write_template_results(
     every: Tables,
     identification: list[Identification],
     settings: dict,
-    warnings: Sequence[str] = (),
+    warnings: Sequence[str],
 ) -> None:
     """``scores.npy``, ``ijb.json``, ``ijb.csv`` and pictures into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_array(folder / "scores.npy", result.score_P)
-    far_grid = np.logspace(-6, 0, 241)
-    far_grid = far_grid[far_grid >= 0.5 / np.count_nonzero(~protocol.same_P)]
-    curve = (far_grid.tolist(), roc_at(result.score_P, protocol.same_P, far_grid).tolist())
+    name = protocol.name
+    curve = _roc(result.score_P, protocol.same_P, np.logspace(-6, 0, 241))
     for suffix in ("pdf", "png"):
-        draw_roc({f"{settings['label']} {result.setting}": curve}, folder / f"roc.{suffix}", f"{protocol.name} 1:1")
-    draw_histogram(result.score_P, protocol.same_P, folder / "histogram.png", f"{protocol.name}: template scores")
-    pictures = [{"file": "roc.png", "title": "ROC"}, {"file": "histogram.png", "title": "Score histogram"}]
+        _draw_roc({f"{settings['label']} {result.setting}": curve}, folder / f"roc.{suffix}", f"{name} 1:1")
+    draw_histogram(result.score_P, protocol.same_P, folder / "histogram.png", f"{name}: template scores")
+    pictures = [("roc.png", "ROC"), ("histogram.png", "Score histogram")]
     errors = _worst_templates(protocol, result, settings["num_errors"])
     if errors is not None:
-        draw_errors(errors, folder / "errors.png", f"{protocol.name}: most alike impostors, least alike genuine pairs")
-        pictures.append({"file": "errors.png", "title": "Worst pairs (first image of each template)"})
+        draw_errors(errors, folder / "errors.png", f"{name}: most alike impostors, least alike genuine pairs")
+        pictures.append(("errors.png", "Worst pairs (first image of each template)"))
     tables = [
-        ("TAR@FAR (%), nearest point", published_table(protocol, every)),
-        ("Strict TAR@FAR", strict_table(result)),
+        (f"{name}: TAR@FAR (%), nearest point", *published_table(protocol, every)),
+        (f"{name}: Strict TAR@FAR", *strict_table(result)),
     ]
     if identification:
-        tables.append(("Identification 1:N (%)", identification_table(identification)))
-    content = {
-        "kind": "ijb",
-        "label": settings["label"],
-        "settings": settings,
-        "tar_at_far": {key: [asdict(point) for point in table] for key, table in every.items()},
-        "identification": [asdict(row) for row in identification],
-        "warnings": list(warnings),
-        "tables": [
-            {"title": f"{protocol.name}: {title}", "head": head, "rows": body} for title, (head, body) in tables
-        ],
-        "roc": {f"{protocol.name} 1:1": {"far": curve[0], "tar": curve[1]}},
-        "pictures": pictures,
-        "notes": TEMPLATE_NOTES,
-    }
-    write_json(folder / "ijb.json", content)
-    write_csv(
-        folder / "ijb.csv", [{"setting": key, **asdict(point)} for key, table in every.items() for point in table]
-    )
+        tables.append((f"{name}: Identification 1:N (%)", *identification_table(identification)))
+    points = {setting: [asdict(point) for point in table] for setting, table in every.items()}
+    rows = [{"setting": setting, **point} for setting, table in points.items() for point in table]
+    content = {"tar_at_far": points, "identification": [asdict(row) for row in identification], "warnings": warnings}
+    content |= {"tables": tables, "roc": {f"{name} 1:1": curve}, "pictures": pictures, "notes": TEMPLATE_NOTES}
+    _write(folder / "ijb", settings, rows, content)
 
 
 def _worst_templates(protocol: TemplateProtocol, result: TemplateResult, count: int):
@@ -184,35 +163,23 @@ def _worst_templates(protocol: TemplateProtocol, result: TemplateResult, count: 
 
 
 def write_distractor_results(
-    folder: Path, result: DistractorResult, settings: dict, warnings: Sequence[str] = ()
-) -> list[dict]:
-    """``megaface.json``, ``.csv`` and the ROC picture into ``folder``; returns the tables."""
+    folder: Path, result: DistractorResult, settings: dict, warnings: Sequence[str]
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """``megaface.json``, ``.csv`` and the ROC picture into ``folder``; returns title, head and rows of the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     found = list(zip(result.sizes, result.rank_1, result.rank_10, strict=True))
     rank_rows = [[f"{size:,}", f"{100 * one:.2f}", f"{100 * ten:.2f}"] for size, one, ten in found]
     tar_rows = [[f"{far:g}", f"{100 * tar:.2f}"] for far, tar in zip(result.fars, result.tar, strict=True)]
     tables = [
-        {"title": "Identification (%)", "head": ["Distractors", "Rank-1", "Rank-10"], "rows": rank_rows},
-        {"title": "Verification (%)", "head": ["FAR", "strict TAR"], "rows": tar_rows},
+        ("Identification (%)", ["Distractors", "Rank-1", "Rank-10"], rank_rows),
+        ("Verification (%)", ["FAR", "strict TAR"], tar_rows),
     ]
     curve = {"far": list(result.fars), "tar": list(result.tar)}
-    draw_roc({settings["label"]: (curve["far"], curve["tar"])}, folder / "roc.png", "Probes against distractors")
-    content = {
-        "kind": "megaface",
-        "label": settings["label"],
-        "settings": settings,
-        "figures": asdict(result),
-        "warnings": list(warnings),
-        "tables": tables,
-        "roc": {"distractors": curve},
-        "pictures": [],
-    }
-    write_json(folder / "megaface.json", content)
-    rows = [
-        {"distractors": size, "rank_1": row[1], "rank_10": row[2]}
-        for size, row in zip(result.sizes, rank_rows, strict=True)
-    ]
-    write_csv(folder / "megaface.csv", rows)
+    _draw_roc({settings["label"]: curve}, folder / "roc.png", "Probes against distractors")
+    shown = zip(result.sizes, rank_rows, strict=True)
+    rows = [{"distractors": size, "rank_1": one, "rank_10": ten} for size, (_, one, ten) in shown]
+    content = {"figures": asdict(result), "warnings": warnings, "tables": tables, "roc": {"distractors": curve}}
+    _write(folder / "megaface", settings, rows, content | {"pictures": []})
     return tables
 
 
@@ -223,9 +190,8 @@ def load_results(folders: Sequence[Path]) -> list[Result]:
         files = [folder] if folder.is_file() else [folder / f"{kind}.json" for kind in KINDS]
         files = [file for file in files if file.is_file()]
         if not files:
-            raise UserError(
-                f"{folder}: no {', '.join(f'{kind}.json' for kind in KINDS)}; give a --result-dir of an evaluation"
-            )
+            wanted = ", ".join(f"{kind}.json" for kind in KINDS)
+            raise UserError(f"{folder}: no {wanted}; give a --result-dir of an evaluation")
         for file in files:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
@@ -237,9 +203,8 @@ def load_results(folders: Sequence[Path]) -> list[Result]:
                 raise
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{file}: not a result of our evaluations ({error!r})") from None
-            results.append(
-                Result(_unique(label, [r.label for r in results if r.content["kind"] == kind]), content, file.parent)
-            )
+            taken = [result.label for result in results if result.content["kind"] == kind]
+            results.append(Result(_unique(label, taken), content, file.parent))
     return results
 
 
@@ -258,10 +223,9 @@ def write_report(path: Path, folders: Sequence[Path]) -> None:
             _add_roc_pictures(page, chosen)
     for result in results:
         page.heading(f"{result.label}: {KINDS[result.content['kind']]}")
-        warnings = result.content.get("warnings", [])
-        if warnings:
+        if result.content.get("warnings"):
             page.heading("Warnings", 3)
-            page.points(warnings)
+            page.points(result.content["warnings"])
         for picture in result.content.get("pictures", []):
             file = result.folder / picture["file"]
             if file.is_file():
@@ -272,44 +236,34 @@ def write_report(path: Path, folders: Sequence[Path]) -> None:
     page.write(path)
 
 
-def _side_by_side(results: Sequence[Result]):
+def _side_by_side(results: Sequence[Result]) -> Iterator[tuple[str, list, list[list]]]:
     """(title, head, rows) of every table: rows of all runs merged by name, one column a run and value."""
     titles = dict.fromkeys(table["title"] for result in results for table in result.content["tables"])
     for title in titles:
-        tables = [
-            (result.label, table) for result in results for table in result.content["tables"] if table["title"] == title
-        ]
-        names = dict.fromkeys(row[0] for _, table in tables for row in table["rows"])
+        tables = {r.label: table for r in results for table in r.content["tables"] if table["title"] == title}
+        first = next(iter(tables.values()))
         if len(tables) == 1:
-            yield title, tables[0][1]["head"], tables[0][1]["rows"]
+            yield title, first["head"], first["rows"]
             continue
         # Value by value, the runs next to each other: that is what a reader compares.
-        columns = dict.fromkeys(column for _, table in tables for column in table["head"][1:])
-        head = [tables[0][1]["head"][0]] + [f"{column}: {label}" for column in columns for label, _ in tables]
-        lookup = {
-            (label, row[0], column): value
-            for label, table in tables
-            for row in table["rows"]
-            for column, value in zip(table["head"][1:], row[1:], strict=True)
-        }
-        yield (
-            title,
-            head,
-            [[n] + [lookup.get((label, n, c), "") for c in columns for label, _ in tables] for n in names],
-        )
+        columns = dict.fromkeys(column for table in tables.values() for column in table["head"][1:])
+        cells = list(itertools.product(columns, tables))
+        value_of: dict[str, dict] = {}  # by row, then by cell
+        for label, table in tables.items():
+            for name, *values in table["rows"]:
+                found = {(column, label): value for column, value in zip(table["head"][1:], values, strict=True)}
+                value_of.setdefault(name, {}).update(found)
+        head = [first["head"][0], *(f"{column}: {label}" for column, label in cells)]
+        yield title, head, [[name, *(values.get(cell, "") for cell in cells)] for name, values in value_of.items()]
 
 
 def _add_roc_pictures(page: Page, results: Sequence[Result]) -> None:
     names = dict.fromkeys(name for result in results for name in result.content.get("roc", {}))
     with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "roc.png"
         for name in names:
-            curves = {
-                r.label: (r.content["roc"][name]["far"], r.content["roc"][name]["tar"])
-                for r in results
-                if name in r.content.get("roc", {})
-            }
-            path = Path(folder) / "roc.png"
-            draw_roc(curves, path, name)
+            curves = {r.label: r.content["roc"][name] for r in results if name in r.content.get("roc", {})}
+            _draw_roc(curves, path, name)
             page.picture(path, f"ROC, {name}")
 
 
