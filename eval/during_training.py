@@ -1,6 +1,5 @@
 """Pair verification on a training run's cadence: the sets are read when needed, every rank embeds its share."""
 
-import dataclasses
 from pathlib import Path
 
 from eval.pairs import LazySets, check_set, verify
@@ -34,10 +33,8 @@ class Verification:
                 paths[str(path) if path.stem in paths else path.stem] = path
         missing = [str(path) for path in paths.values() if not path.is_file()]
         if missing:
-            raise UserError(
-                f"verify.sets: {', '.join(missing)} missing; put them there, set verify.root, or drop them from "
-                "verify.sets"
-            )
+            remedy = "put them there, set verify.root, or drop them from verify.sets"
+            raise UserError(f"verify.sets: {', '.join(missing)} missing; {remedy}")
         self.sets, self.batch_size = LazySets(paths, input_size), batch_size
         warnings = []
         for name, path in paths.items():  # a set that cannot be judged ends the run now, not at the first verification
@@ -50,8 +47,7 @@ class Verification:
         """Figures by set, the same on all ranks. All ranks call it; every part of the backbone keeps its mode."""
         figures = {}
         for name, result in verify(backbone, self.sets, batch_size=self.batch_size).items():
-            metrics = dataclasses.asdict(result.metrics)
             wanted = ("accuracy", "accuracy_std", "val", "far", "auc", "eer", "threshold")
-            figures[name] = {key: float(metrics[key]) for key in wanted}
+            figures[name] = {key: float(getattr(result.metrics, key)) for key in wanted}
             figures[name] |= {"no_flip_accuracy": float(result.no_flip.accuracy), "xnorm": float(result.xnorm)}
         return figures

@@ -8,7 +8,6 @@ rate is a quotient of integer counts, so no loop over thresholds is needed: one 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -77,7 +76,7 @@ class TarAtFar:
 def pair_distances(embedding_ND: np.ndarray) -> np.ndarray:
     """Squared L2 distance of unit vectors, rows 2i and 2i+1 being pair i. Any float dtype -> [P] float64 in [0, 4].
 
-    Works through blocks that stay in cache, in float64 whatever comes in. A zero vector stays zero.
+    A zero vector stays zero.
 
     Raises:
         UserError: not two-dimensional, an odd number of rows, or a row that is not finite.
@@ -86,28 +85,28 @@ def pair_distances(embedding_ND: np.ndarray) -> np.ndarray:
     if embedding_ND.ndim != 2 or len(embedding_ND) % 2:
         raise UserError(f"embeddings have shape {embedding_ND.shape}; [2 * pairs, size] is needed")
     distance_P = np.empty(len(embedding_ND) // 2)
+
+    def fill(first: int, stop: int) -> None:
+        """Distances of pairs first ... stop - 1, in buffers that stay in cache."""
+        rows_BD = np.empty((2 * _PAIRS_PER_BLOCK, embedding_ND.shape[1]))
+        difference_BD = np.empty((_PAIRS_PER_BLOCK, embedding_ND.shape[1]))
+        for start in range(first, stop, _PAIRS_PER_BLOCK):
+            end = min(start + _PAIRS_PER_BLOCK, stop)
+            rows, difference = rows_BD[: 2 * (end - start)], difference_BD[: end - start]
+            rows[...] = embedding_ND[2 * start : 2 * end]
+            scale_to_unit(rows, out=rows)
+            np.subtract(rows[0::2], rows[1::2], out=difference)
+            np.square(difference, out=difference).sum(1, out=distance_P[start:end])
+
     num_threads = threads_of_rank()
     bounds = np.linspace(0, len(distance_P), num_threads + 1).astype(int)
     with ThreadPoolExecutor(num_threads) as threads:
-        list(threads.map(partial(_fill_distances, embedding_ND, distance_P), bounds[:-1], bounds[1:]))
+        list(threads.map(fill, bounds[:-1], bounds[1:]))
     if not np.isfinite(distance_P).all():
-        pair = int(np.flatnonzero(~np.isfinite(distance_P))[0])
+        pair = int(np.argmin(np.isfinite(distance_P)))
         row = 2 * pair + int(np.isfinite(embedding_ND[2 * pair]).all())
         raise UserError(f"embedding {row} holds NaN or infinity (or overflows when squared)")
     return distance_P
-
-
-def _fill_distances(embedding_ND, distance_P, first, stop):
-    """Distances of pairs first ... stop - 1, block by block in buffers that stay in cache."""
-    rows_BD = np.empty((2 * _PAIRS_PER_BLOCK, embedding_ND.shape[1]))
-    difference_BD = np.empty((_PAIRS_PER_BLOCK, embedding_ND.shape[1]))
-    for start in range(first, stop, _PAIRS_PER_BLOCK):
-        end = min(start + _PAIRS_PER_BLOCK, stop)
-        rows, difference = rows_BD[: 2 * (end - start)], difference_BD[: end - start]
-        rows[...] = embedding_ND[2 * start : 2 * end]
-        scale_to_unit(rows, out=rows)
-        np.subtract(rows[0::2], rows[1::2], out=difference)
-        np.square(difference, out=difference).sum(1, out=distance_P[start:end])
 
 
 def verification_metrics(
@@ -151,14 +150,14 @@ def distance_metrics(
     correct_FK = same_FK + num_different_F[:, None] - different_FK
     best_F = (correct_FK.sum(0) - correct_FK).argmax(1)
     accuracy_F = correct_FK[np.arange(num_folds), best_F] / sizes_F
-    val_F, far_F = _val_at_far(distance_P, same_P, fold_P, num_same_F, num_different_F, far_target)
+    vals, fars = _val_at_far(distance_P, same_P, fold_P, num_same_F, num_different_F, far_target)
     auc, eer = _auc_eer(distance_P[same_P], distance_P[~same_P])
     return VerificationMetrics(
         accuracy=float(accuracy_F.mean()),
         accuracy_std=float(accuracy_F.std()),
-        val=_mean_of_defined(val_F),
-        val_std=float(val_F[~np.isnan(val_F)].std()) if (~np.isnan(val_F)).any() else float("nan"),
-        far=_mean_of_defined(far_F),
+        val=float(np.mean(vals)) if vals else float("nan"),
+        val_std=float(np.std(vals)) if vals else float("nan"),
+        far=float(np.mean(fars)) if fars else float("nan"),
         auc=auc,
         eer=eer,
         threshold=float(grid[correct_FK.sum(0).argmax()]),
@@ -186,13 +185,10 @@ def tar_at_far(score_P: np.ndarray, same_P: np.ndarray, fars: Sequence[float] = 
     Raises:
         UserError: lengths differ, a score is NaN, or genuine or impostor pairs are missing.
     """
-    score_P, same_P, num_same, num_different = _checked_scores(score_P, same_P)
+    score_P, same_P, _, _ = _checked_scores(score_P, same_P)
     fraction = 1.0 if len(score_P) <= _WHOLE_CURVE_PAIRS else min(1.0, 1.05 * max(fars) + 1e-3)
     while True:
-        fps_K, tps_K, score_K = _curve(score_P, same_P, fraction)
-        complete = fps_K[-1] + tps_K[-1] == len(score_P)
-        corners = _corners(fps_K, tps_K, complete)
-        curve = _Curve(fps_K / num_different, tps_K / num_same, score_K, corners, complete)
+        curve = _curve(score_P, same_P, fraction)
         rows = [_at_far(far, curve) for far in fars]
         if None not in rows:
             return rows
@@ -211,34 +207,26 @@ def roc_at(score_P: np.ndarray, same_P: np.ndarray, far_K: np.ndarray) -> np.nda
 
 
 def _checked_scores(score_P, same_P):
-    score_P = np.asarray(score_P)
-    same_P = np.asarray(same_P)
-    if same_P.dtype != np.bool_:
-        same_P = same_P.astype(bool)
+    score_P, same_P = np.asarray(score_P), np.asarray(same_P).astype(bool, copy=False)
     if score_P.ndim != 1 or score_P.shape != same_P.shape:
         raise UserError(f"{score_P.shape} scores for {same_P.shape} labels; each pair needs one of both")
     if np.isnan(score_P.sum()) and np.isnan(score_P).any():
-        raise UserError(f"score {int(np.flatnonzero(np.isnan(score_P))[0])} is NaN; the features hold NaN or infinity")
+        raise UserError(f"score {int(np.argmax(np.isnan(score_P)))} is NaN; the features hold NaN or infinity")
+    return score_P, same_P, *count_kinds(same_P)
+
+
+def count_kinds(same_P: np.ndarray, where: str = "") -> tuple[int, int]:
+    """How many genuine and impostor pairs there are of each kind, bool [P].
+
+    Raises:
+        UserError: a kind is missing (``where`` is put before the message).
+    """
     num_same = int(np.count_nonzero(same_P))
     if num_same in (0, len(same_P)):
-        raise UserError(f"{num_same} genuine pairs of {len(same_P)}; TAR at FAR needs genuine and impostor pairs")
-    return score_P, same_P, num_same, len(same_P) - num_same
-
-
-def _curve(score_P, same_P, fraction):
-    """Cumulated counts at each distinct score, best score first, over about the top ``fraction`` of all pairs."""
-    if fraction < 1:
-        sample = score_P[:: max(1, len(score_P) // (1 << 16))]
-        limit = np.quantile(sample, 1 - fraction)
-        taken = np.flatnonzero(score_P >= limit)
-        score_P, same_P = score_P[taken], same_P[taken]
-    ascending = np.sort(score_P)
-    first_K = np.append(0, np.flatnonzero(ascending[1:] != ascending[:-1]) + 1)
-    score_K = ascending[first_K]
-    # Only the few genuine pairs are looked up; everything else at or above a score is an impostor.
-    same_K = np.bincount(np.searchsorted(score_K, score_P[same_P]), minlength=len(score_K))
-    tps_K = np.cumsum(same_K[::-1])
-    return (len(score_P) - first_K)[::-1] - tps_K, tps_K, score_K[::-1]
+        raise UserError(
+            f"{where}{num_same} genuine pairs of {len(same_P)}; TAR at FAR needs genuine and impostor pairs"
+        )
+    return num_same, len(same_P) - num_same
 
 
 @dataclass(frozen=True)
@@ -252,15 +240,28 @@ class _Curve:
     complete: bool
 
 
-def _corners(fps_K, tps_K, complete):
-    """Points that scikit-learn keeps: both ends, and those where a step differs from the one before.
-
-    Of an incomplete curve the last point is left out: the step after it is not known.
-    """
+def _curve(score_P, same_P, fraction):
+    """The curve over about the top ``fraction`` of all pairs."""
+    num_pairs, num_same = len(score_P), np.count_nonzero(same_P)
+    if fraction < 1:
+        sample = score_P[:: max(1, num_pairs // (1 << 16))]
+        limit = np.quantile(sample, 1 - fraction)
+        taken = np.flatnonzero(score_P >= limit)
+        score_P, same_P = score_P[taken], same_P[taken]
+    ascending = np.sort(score_P)
+    first_K = np.append(0, np.flatnonzero(ascending[1:] != ascending[:-1]) + 1)
+    score_K = ascending[first_K]
+    # Only the few genuine pairs are looked up; everything else at or above a score is an impostor.
+    same_K = np.bincount(np.searchsorted(score_K, score_P[same_P]), minlength=len(score_K))
+    tps_K = np.cumsum(same_K[::-1])
+    fps_K = (len(score_P) - first_K)[::-1] - tps_K
+    # scikit-learn keeps both ends, and where a step differs from the one before; the step after the last point of an
+    # incomplete curve is not known.
     kept_K = np.ones(len(fps_K), bool)
     kept_K[1:-1] = (np.diff(fps_K, 2) != 0) | (np.diff(tps_K, 2) != 0)
-    kept_K[-1] = complete
-    return np.flatnonzero(kept_K)
+    kept_K[-1] = complete = len(score_P) == num_pairs
+    rates = fps_K / (num_pairs - num_same), tps_K / num_same
+    return _Curve(*rates, score_K[::-1], np.flatnonzero(kept_K), complete)
 
 
 def _at_far(far: float, curve: _Curve) -> TarAtFar | None:
@@ -272,14 +273,11 @@ def _at_far(far: float, curve: _Curve) -> TarAtFar | None:
     if not curve.complete and curve.fpr_K[-1] - far <= distance[best]:
         return None
     within = int(np.searchsorted(curve.fpr_K, far, side="right")) - 1
-    return TarAtFar(
-        far=far,
-        nearest=float(curve.tpr_K[curve.corners[best - 1]]) if best else 0.0,
-        nearest_far=float(fpr[best]),
-        strict=float(curve.tpr_K[within]) if within >= 0 else 0.0,
-        strict_far=float(curve.fpr_K[within]) if within >= 0 else 0.0,
-        threshold=float(curve.score_K[within]) if within >= 0 else float("inf"),
-    )
+    nearest = float(curve.tpr_K[curve.corners[best - 1]]) if best else 0.0
+    strict = (0.0, 0.0, float("inf"))
+    if within >= 0:
+        strict = tuple(float(values[within]) for values in (curve.tpr_K, curve.fpr_K, curve.score_K))
+    return TarAtFar(far, nearest, float(fpr[best]), *strict)
 
 
 def _counts_below(distance_P, same_P, fold_P, num_folds, grid_K):
@@ -293,7 +291,7 @@ def _counts_below(distance_P, same_P, fold_P, num_folds, grid_K):
 
 
 def _val_at_far(distance_P, same_P, fold_P, num_same_F, num_different_F, far_target):
-    """[F] VAL and FAR of each fold at the threshold the other folds give for ``far_target``; NaN where undefined.
+    """VAL and FAR of each fold that defines it, at the threshold the other folds give for ``far_target``.
 
     The threshold is linear between the last grid point at or under the target and the first above it. Where the other
     folds never reach the target it is 0, which accepts nobody.
@@ -302,7 +300,7 @@ def _val_at_far(distance_P, same_P, fold_P, num_same_F, num_different_F, far_tar
     _, different_FK = _counts_below(distance_P, same_P, fold_P, len(num_same_F), grid_K)
     others_FK = different_FK.sum(0) - different_FK
     num_others_F = num_different_F.sum() - num_different_F
-    val_F, far_F = np.full(len(num_same_F), np.nan), np.full(len(num_same_F), np.nan)
+    vals, fars = [], []
     for fold, (below_K, num_others) in enumerate(zip(others_FK, num_others_F, strict=True)):
         if num_others == 0:
             continue
@@ -312,15 +310,10 @@ def _val_at_far(distance_P, same_P, fold_P, num_same_F, num_different_F, far_tar
         accepted = distance_P[start:stop] < threshold
         same = same_P[start:stop]
         if num_same_F[fold]:
-            val_F[fold] = np.count_nonzero(accepted & same) / num_same_F[fold]
+            vals.append(np.count_nonzero(accepted & same) / num_same_F[fold])
         if num_different_F[fold]:
-            far_F[fold] = np.count_nonzero(accepted & ~same) / num_different_F[fold]
-    return val_F, far_F
-
-
-def _mean_of_defined(rate_F):
-    defined = rate_F[~np.isnan(rate_F)]
-    return float(defined.mean()) if len(defined) else float("nan")
+            fars.append(np.count_nonzero(accepted & ~same) / num_different_F[fold])
+    return vals, fars
 
 
 def _auc_eer(same_distance, different_distance):

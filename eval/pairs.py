@@ -3,7 +3,6 @@
 Legend: P pairs, N = 2P images (2i and 2i+1 are pair i), D embedding size, W ranks.
 """
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,9 +134,8 @@ def load_sets(
     if missing and not allow_missing:
         raise UserError(f"{data_dir}: {', '.join(missing)} missing; get them, or pass --allow-missing")
     if not found:
-        raise UserError(
-            f"{data_dir}: none of {', '.join(f'{name}.bin' for name in targets or KNOWN_SETS)} is there; use --target"
-        )
+        wanted = ", ".join(f"{name}.bin" for name in targets or KNOWN_SETS)
+        raise UserError(f"{data_dir}: none of {wanted} is there; use --target")
     sets = {name: load_bin(path, (size, size)) for name, path in found.items()}
     for name, (_, same_P) in sets.items():
         check_set(str(found[name]), same_P)
@@ -157,17 +155,20 @@ def _embed(embedder: Embedder, image_NHWC: np.ndarray, batch_size: int, name: st
             # The first images on every rank: all of them decide alike, without a message.
             embedder.settle(_resized(image_NHWC[:CHECKED_IMAGES], embedder.input_size))
     with distributed.together(), progress_bar(name, num_images, enabled=show and rank == 0) as advance:
-        coming: deque = deque()
-        for index in [*range(rank, num_batches, world_size), None]:
-            if index is not None:
-                first = index * batch_size
-                batch = _resized(image_NHWC[first : first + batch_size], embedder.input_size)
-                coming.append((index, start(embedder, batch, "both")))
-            while len(coming) > 1 or (coming and index is None):  # the network works on one while the next is resized
-                done, pending = coming.popleft()
-                embedding_B2D = pending.result()
-                local[done // world_size, : len(embedding_B2D)] = embedding_B2D
-                advance(min(len(embedding_B2D) * world_size, num_images - done * batch_size))
+
+        def finish(index: int, pending) -> None:
+            embedding_B2D = pending.result()
+            local[index // world_size, : len(embedding_B2D)] = embedding_B2D
+            advance(min(len(embedding_B2D) * world_size, num_images - index * batch_size))
+
+        begun = None  # the network works on one batch while the next is resized
+        for index in range(rank, num_batches, world_size):
+            batch = image_NHWC[index * batch_size : (index + 1) * batch_size]
+            before, begun = begun, (index, start(embedder, _resized(batch, embedder.input_size), "both"))
+            if before is not None:
+                finish(*before)
+        if begun is not None:
+            finish(*begun)
     if world_size > 1:
         gathered = distributed.all_gather_rows(paddle.to_tensor(local)).numpy()
         local = gathered.reshape(world_size, *local.shape).swapaxes(0, 1)
@@ -179,15 +180,12 @@ def _judge(name, embedding_N2D, same_P, num_folds, far_target, warnings):
     total_ND = both.sum(1)
     distance_P = pair_distances(total_ND)
     warnings = (*warnings, *norm_remarks(row_norms(total_ND)), *score_remarks(1 - distance_P / 2))
-    return SetResult(
-        name=name,
-        metrics=distance_metrics(distance_P, same_P, num_folds, far_target),
-        no_flip=distance_metrics(pair_distances(both[:, 0]), same_P, num_folds, far_target),
-        xnorm=float(np.sqrt(np.square(both).sum(2)).mean()),
-        distance_P=distance_P,
-        same_P=np.asarray(same_P).astype(bool),
-        warnings=warnings,
+    metrics, no_flip = (
+        distance_metrics(distances, same_P, num_folds, far_target)
+        for distances in (distance_P, pair_distances(both[:, 0]))
     )
+    xnorm = float(np.sqrt(np.square(both).sum(2)).mean())
+    return SetResult(name, metrics, no_flip, xnorm, distance_P, np.asarray(same_P).astype(bool), warnings)
 
 
 def _resized(image_NHWC: np.ndarray, size: int) -> np.ndarray:
@@ -204,45 +202,25 @@ def set_warnings(results: Mapping[str, SetResult]) -> list[str]:
 def result_row(result: SetResult, threshold: float | None = None) -> dict:
     """The figures of one set by name, as JSON, CSV and table have them."""
     metrics = result.metrics
-    row = {
-        "set": result.name,
-        "pairs": len(result.same_P),
-        "accuracy": result.no_flip.accuracy,
-        "accuracy_std": result.no_flip.accuracy_std,
-        "accuracy_flip": metrics.accuracy,
-        "accuracy_flip_std": metrics.accuracy_std,
-        "val": metrics.val,
-        "val_std": metrics.val_std,
-        "far": metrics.far,
-        "xnorm": result.xnorm,
-        "auc": metrics.auc,
-        "eer": metrics.eer,
-        "threshold": metrics.threshold,
-        "folds": metrics.num_folds,
-    }
+    row = {"set": result.name, "pairs": len(result.same_P)}
+    for name, judged in (("accuracy", result.no_flip), ("accuracy_flip", metrics)):
+        row |= {name: judged.accuracy, f"{name}_std": judged.accuracy_std}
+    row |= {name: getattr(metrics, name) for name in ("val", "val_std", "far")}
+    row |= {"xnorm": result.xnorm, "auc": metrics.auc, "eer": metrics.eer}
+    row |= {"threshold": metrics.threshold, "folds": metrics.num_folds}
     if threshold is not None:
-        row |= {
-            "fixed_threshold": threshold,
-            "fixed_accuracy": accuracy_at(result.distance_P, result.same_P, threshold),
-        }
+        fixed_accuracy = accuracy_at(result.distance_P, result.same_P, threshold)
+        row |= {"fixed_threshold": threshold, "fixed_accuracy": fixed_accuracy}
     return row
 
 
 def result_table(rows: list[dict], far_target: float) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the printed table."""
     head = ["Set", "Pairs", "Accuracy", "Accuracy-Flip", f"VAL@FAR={far_target:g}", "XNorm", "AUC", "EER", "Threshold"]
-    fixed = "fixed_accuracy" in rows[0]
-    body = [
-        [
-            row["set"],
-            f"{row['pairs']}",
-            "{accuracy:1.5f}+-{accuracy_std:1.5f}".format(**row),
-            "{accuracy_flip:1.5f}+-{accuracy_flip_std:1.5f}".format(**row),
-            "{val:1.5f}+-{val_std:1.5f} @ {far:1.5f}".format(**row),
-            *(f"{row[key]:.5f}" for key in ("xnorm", "auc", "eer")),
-            f"{row['threshold']:.2f}",
-            *([f"{row['fixed_accuracy']:1.5f}"] if fixed else []),
-        ]
-        for row in rows
-    ]
-    return head + ([f"Accuracy at {rows[0]['fixed_threshold']:g}"] if fixed else []), body
+    cells = ["{set}", "{pairs}", "{accuracy:1.5f}+-{accuracy_std:1.5f}"]
+    cells += ["{accuracy_flip:1.5f}+-{accuracy_flip_std:1.5f}", "{val:1.5f}+-{val_std:1.5f} @ {far:1.5f}"]
+    cells += ["{xnorm:.5f}", "{auc:.5f}", "{eer:.5f}", "{threshold:.2f}"]
+    if "fixed_threshold" in rows[0]:
+        head.append(f"Accuracy at {rows[0]['fixed_threshold']:g}")
+        cells.append("{fixed_accuracy:1.5f}")
+    return head, [[cell.format(**row) for cell in cells] for row in rows]

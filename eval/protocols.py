@@ -5,16 +5,19 @@ Legend: N images, P pairs, T templates. Every defect of a file is a ``UserError`
 
 import csv
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from eval.metrics import count_kinds
 from utils.decode import read_image
 from utils.errors import UserError
 from utils.images import find_image, is_image_name
 from utils.text import decode_text, read_text_lines
+
+_LABELS = ("0", "1", "-1")  # of one person: 1
 
 
 @dataclass(frozen=True)
@@ -48,23 +51,32 @@ class TemplateProtocol:
 
 def read_ijb(root: Path, target: str) -> TemplateProtocol:
     """``<root>/meta/<target>_*`` and ``<root>/loose_crop``: IJB-B, IJB-C, or any folder of that shape."""
-    root, prefix = Path(root), target.lower()
-    meta, crops = root / "meta", root / "loose_crop"
+    meta, crops, prefix = Path(root, "meta"), Path(root, "loose_crop"), target.lower()
     for folder in (meta, crops):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; --image-path must hold meta/ and loose_crop/ of {target}")
-    images_path, landmarks_path = meta / f"{prefix}_face_tid_mid.txt", meta / f"{prefix}_name_5pts_score.txt"
+    images_path, pairs_path = meta / f"{prefix}_face_tid_mid.txt", meta / f"{prefix}_template_pair_label.txt"
     names, template_N, media_N = _read_images(images_path)
-    landmark_N52, score_N = _read_landmarks(landmarks_path, names, images_path)
-    pairs_path = meta / f"{prefix}_template_pair_label.txt"
+    landmark_N52, score_N = _read_landmarks(meta / f"{prefix}_name_5pts_score.txt", names, images_path)
     left_P, right_P, same_P = read_pairs(pairs_path)
-    _check_templates(pairs_path, (left_P, right_P), template_N, images_path)
-    galleries = {
-        path.stem.rsplit("_", 1)[1]: _read_subjects(path, template_N, images_path)
-        for path in sorted(meta.glob(f"{prefix}_1N_gallery_*.csv"))
-    }
+    known = np.unique(template_N)
+
+    def check(path: Path, template: np.ndarray) -> None:
+        used = np.unique(template)
+        unknown = used[~np.isin(used, known)]
+        if len(unknown):
+            row = int(np.flatnonzero(template == unknown[0])[0]) + 1
+            raise UserError(f"{path}: template {unknown[0]} (row {row}) has no image in {images_path.name}")
+
+    def subjects(path: Path) -> SubjectList:
+        listed = _read_subjects(path)
+        check(path, listed.template_T)
+        return listed
+
+    check(pairs_path, left_P)
+    check(pairs_path, right_P)
     probe_path = meta / f"{prefix}_1N_probe_mixed.csv"
-    probes = _read_subjects(probe_path, template_N, images_path) if probe_path.exists() else None
+    galleries = sorted(meta.glob(f"{prefix}_1N_gallery_*.csv"))
     return TemplateProtocol(
         name=target,
         image_dir=crops,
@@ -76,8 +88,8 @@ def read_ijb(root: Path, target: str) -> TemplateProtocol:
         left_P=left_P,
         right_P=right_P,
         same_P=same_P,
-        galleries=galleries,
-        probes=probes,
+        galleries={path.stem.rsplit("_", 1)[1]: subjects(path) for path in galleries},
+        probes=subjects(probe_path) if probe_path.exists() else None,
     )
 
 
@@ -88,49 +100,50 @@ def read_csv_protocol(folder: Path) -> TemplateProtocol:
     ``left,right,same``. 1:N lists: ``template,subject``. Paths are relative to the folder; ids are any text.
     """
     folder = Path(folder)
-    images_path, pairs_path = folder / "images.csv", folder / "pairs.csv"
+    images_path, pairs_path, probe_path = (folder / f"{name}.csv" for name in ("images", "pairs", "probe"))
     points = [f"{axis}{k}" for k in range(1, 6) for axis in "xy"]
     rows = list(_csv_rows(images_path, ("path", "template", "media")))
-    ids = {template: index for index, template in enumerate(dict.fromkeys(row["template"] for _, row in rows))}
-    media = {medium: index for index, medium in enumerate(dict.fromkeys(row["media"] for _, row in rows))}
-    has_points = bool(rows) and points[0] in rows[0][1]
+    templates, media = (
+        {value: index for index, value in enumerate(dict.fromkeys(row[column] for _, row in rows))}
+        for column in ("template", "media")
+    )
 
     def template_of(path: Path, line: int, value: str) -> int:
-        if value not in ids:
-            raise UserError(f"{path} line {line}: template {value!r} has no image in {images_path.name}")
-        return ids[value]
+        if value not in templates:
+            raise _wrong(path, line, f"template {value!r} has no image in {images_path.name}")
+        return templates[value]
 
     def subjects(path: Path) -> SubjectList:
-        pairs = [
-            (template_of(path, line, row["template"]), row["subject"])
-            for line, row in _csv_rows(path, ("template", "subject"))
-        ]
-        return _unique_subjects(path, [t for t, _ in pairs], [s for _, s in pairs])
+        rows = _csv_rows(path, ("template", "subject"))
+        return _unique_subjects(
+            path, ((template_of(path, line, row["template"]), row["subject"]) for line, row in rows)
+        )
 
     def number(line: int, row: dict[str, str], column: str) -> float:
         return _number(images_path, line, column, row.get(column))
 
     pairs = []
     for line, row in _csv_rows(pairs_path, ("left", "right", "same")):
-        if row["same"] not in ("0", "1", "-1"):
-            raise UserError(f"{pairs_path} line {line}: same is {row['same']!r}; write 0 or 1")
-        same = row["same"] == "1"
-        pairs.append((template_of(pairs_path, line, row["left"]), template_of(pairs_path, line, row["right"]), same))
+        if row["same"] not in _LABELS:
+            raise _wrong(pairs_path, line, f"same is {row['same']!r}; write 0 or 1")
+        ends = [template_of(pairs_path, line, row[side]) for side in ("left", "right")]
+        pairs.append((*ends, row["same"] == "1"))
     pair_P3 = np.array(pairs, dtype=np.int64).reshape(-1, 3)
-    _check_both_kinds(pairs_path, pair_P3[:, 2])
-    landmark_N52 = np.array([[number(line, row, p) for p in points] for line, row in rows]) if has_points else None
-    probe_path = folder / "probe.csv"
+    same_P = pair_P3[:, 2].astype(bool)
+    count_kinds(same_P, f"{pairs_path}: ")
+    has_points = bool(rows) and points[0] in rows[0][1]
+    landmark_N10 = [[number(line, row, point) for point in points] for line, row in rows] if has_points else None
     return TemplateProtocol(
         name=folder.resolve().name,
         image_dir=folder,
         image_N=[row["path"] for _, row in rows],
-        template_N=np.array([ids[row["template"]] for _, row in rows]),
+        template_N=np.array([templates[row["template"]] for _, row in rows]),
         media_N=np.array([media[row["media"]] for _, row in rows]),
         score_N=np.array([number(line, row, "score") if row.get("score") else 1.0 for line, row in rows]),
-        landmark_N52=None if landmark_N52 is None else landmark_N52.reshape(-1, 5, 2),
+        landmark_N52=np.array(landmark_N10).reshape(-1, 5, 2) if has_points else None,
         left_P=pair_P3[:, 0],
         right_P=pair_P3[:, 1],
-        same_P=pair_P3[:, 2].astype(bool),
+        same_P=same_P,
         galleries={
             path.stem.removeprefix("gallery").strip("_") or "gallery": subjects(path)
             for path in sorted(folder.glob("gallery*.csv"))
@@ -153,22 +166,21 @@ def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         except (DeprecationWarning, ValueError):
             values = np.empty(0, np.int64)
     if len(values) != 3 * num_lines:
-        raise UserError(_first_bad_pair(path, text))
+        raise _first_bad_pair(path, text)
     left_P, right_P, label_P = values[0::3], values[1::3], values[2::3]
     wrong = np.flatnonzero((label_P != 0) & (label_P != 1) & (label_P != -1))
     if len(wrong):
         line = int(wrong[0])
         shown = values[3 * line : 3 * line + 3].tolist()
-        raise UserError(f"{path} line {line + 1}: {shown}; a label is 0 or 1 (-1 means 0)")
+        raise _wrong(path, line + 1, f"{shown}; a label is 0 or 1 (-1 means 0)")
     largest = max(abs(int(end)) for side in (left_P, right_P) for end in (side.min(), side.max()))
     if largest >= 2**63 - 1:  # numpy stops there, whatever the digits say
         line = int(np.flatnonzero((abs(left_P) == largest) | (abs(right_P) == largest))[0])
-        raise UserError(f"{path} line {line + 1}: a template id beyond {2**63 - 2}; number the templates")
+        raise _wrong(path, line + 1, f"a template id beyond {2**63 - 2}; number the templates")
     del text
-    kind = np.int32 if largest < 2**31 else np.int64
-    left_P, right_P = left_P.astype(kind), right_P.astype(kind)
-    _check_both_kinds(path, label_P == 1)
-    return left_P, right_P, label_P == 1
+    kind, same_P = np.int32 if largest < 2**31 else np.int64, label_P == 1
+    count_kinds(same_P, f"{path}: ")
+    return left_P.astype(kind), right_P.astype(kind), same_P
 
 
 def read_pair_files(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
@@ -180,41 +192,38 @@ def read_pair_files(path: Path, root: Path) -> list[tuple[Path, Path, bool]]:
     Raises:
         UserError: the number of the line and what is wrong with it, for the caller to put the list's name before.
     """
-    lines = read_text_lines(path)
-    pairs, started = [], False
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        by_blanks = text.split()
-        if not started and len(by_blanks) <= 2 and all(field.isdecimal() for field in by_blanks):
-            started = True
-            continue
-        started = True
+    wanted = "'name i j', 'name i name j' or 'path path label'"
+    lines = [(line, text) for line, text in enumerate(read_text_lines(path), 1) if text.strip()]
+    first = lines[0][1].split() if lines else []
+    if len(first) <= 2 and all(field.isdecimal() for field in first):
+        lines = lines[1:]
+    pairs = []
+    for line, text in lines:
         by_tabs = [field.strip() for field in text.strip("\t").split("\t")]
-        found = _pair(by_tabs) or _pair(by_blanks)
+        found = _pair(by_tabs) or _pair(text.split())
         if found is None:
-            wanted = "'name i j', 'name i name j' or 'path path label'"
-            raise UserError(f"line {number}: {text.strip()[:80]!r}; {wanted} was expected, label 1, 0 or -1")
+            raise UserError(f"line {line}: {text.strip()[:80]!r}; {wanted} was expected, label 1, 0 or -1")
         *names, same = found
         files = [find_image(root / name) for name in names]
         if None in files:
             name = names[files.index(None)]
-            shown = name if is_image_name(name) else f"{name}.jpg"
-            raise UserError(f"line {number}: {root / shown}: no such file (nor with another image suffix)")
+            shown = root / (name if is_image_name(name) else f"{name}.jpg")
+            raise UserError(f"line {line}: {shown}: no such file (nor with another image suffix)")
         pairs.append((*files, same))
     if not pairs:
-        raise UserError("no pairs; write one a line: 'name i j', 'name i name j' or 'path path label'")
+        raise UserError(f"no pairs; write one a line: {wanted}")
     return pairs
 
 
 def _pair(fields: list[str]) -> tuple[str, str, bool] | None:
     """(left, right, same) of a line's fields, None where they are no pair."""
-    if len(fields) == 3 and fields[1].isdecimal() and fields[2].isdecimal():
-        return _lfw_name(fields[0], fields[1]), _lfw_name(fields[0], fields[2]), True
-    if len(fields) == 4 and fields[1].isdecimal() and fields[3].isdecimal():
-        return _lfw_name(fields[0], fields[1]), _lfw_name(fields[2], fields[3]), False
-    if len(fields) == 3 and fields[2] in ("0", "1", "-1") and fields[0] and fields[1]:
-        return fields[0], fields[1], fields[2] == "1"
+    match fields:
+        case [name, i, j] if i.isdecimal() and j.isdecimal():
+            return _lfw_name(name, i), _lfw_name(name, j), True
+        case [name, i, other, j] if i.isdecimal() and j.isdecimal():
+            return _lfw_name(name, i), _lfw_name(other, j), False
+        case [left, right, label] if left and right and label in _LABELS:
+            return left, right, label == "1"
     return None
 
 
@@ -236,6 +245,10 @@ def read_pair_list(path: Path, image_dir: Path, size: int) -> tuple[np.ndarray, 
     return np.stack(images), np.array([same for _, _, same in pairs])
 
 
+def _wrong(path: Path, line: int, problem: str) -> UserError:
+    return UserError(f"{path} line {line}: {problem}")
+
+
 def _read_bytes(path: Path) -> bytes:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; the evaluation needs it")
@@ -247,10 +260,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_lines(path: Path) -> list[str]:
     """Lines of a text file in any of the usual encodings, without empty ones at its end."""
-    lines = decode_text(_read_bytes(path), path).split("\n")
-    while not lines[-1].strip():
-        lines.pop()
-    return lines
+    return decode_text(_read_bytes(path), path).rstrip().split("\n")
 
 
 def _read_ascii(path: Path) -> bytes:
@@ -267,21 +277,19 @@ def _number(path: Path, line: int, what: str, value: str | None) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if not np.isfinite(number):
-        raise UserError(f"{path} line {line}: {what} is {value!r}; a finite number is needed")
+        raise _wrong(path, line, f"{what} is {value!r}; a finite number is needed")
     return number
 
 
 def _read_images(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     rows = [line.strip().rsplit(None, 2) for line in _read_lines(path)]  # names may hold blanks
+    ids = []
     for line, row in enumerate(rows, 1):
         if len(row) != 3 or not row[1].lstrip("-").isdecimal() or not row[2].lstrip("-").isdecimal():
-            raise UserError(f"{path} line {line}: {' '.join(row)[:80]!r}; 'name template media' is needed (truncated?)")
-    try:
-        ids_N2 = np.array([row[1:] for row in rows], dtype=np.int64)
-    except (OverflowError, ValueError):
-        wrong = (_id(path, line, value) for line, row in enumerate(rows, 1) for value in row[1:])
-        ids_N2 = np.array(list(wrong)).reshape(-1, 2)
-    return [row[0] for row in rows], ids_N2[:, 0], ids_N2[:, 1]
+            raise _wrong(path, line, f"{' '.join(row)[:80]!r}; 'name template media' is needed (truncated?)")
+        ids.append([_id(path, line, value) for value in row[1:]])
+    template_N, media_N = np.array(ids, dtype=np.int64).T
+    return [row[0] for row in rows], template_N, media_N
 
 
 def _id(path: Path, line: int, value: str) -> int:
@@ -289,9 +297,9 @@ def _id(path: Path, line: int, value: str) -> int:
     try:
         number = int(value)
     except ValueError:
-        raise UserError(f"{path} line {line}: {value[:40]!r}; a whole number is needed") from None
+        raise _wrong(path, line, f"{value[:40]!r}; a whole number is needed") from None
     if abs(number) >= 2**63 - 1:
-        raise UserError(f"{path} line {line}: {value[:40]}; ids end at {2**63 - 2}, number the templates and media")
+        raise _wrong(path, line, f"{value[:40]}; ids end at {2**63 - 2}, number the templates and media")
     return number
 
 
@@ -300,42 +308,36 @@ def _read_landmarks(path: Path, names: list[str], images_path: Path) -> tuple[np
     if len(rows) != len(names):
         raise UserError(f"{path}: {len(rows)} lines, {images_path.name} has {len(names)}; both list the same images")
     value_N11 = np.empty((len(rows), 11))
-    for index, (row, name) in enumerate(zip(rows, names, strict=True)):
+    for line, (row, name) in enumerate(zip(rows, names, strict=True), 1):
         if row[:1] != [name]:
-            raise UserError(
-                f"{path} line {index + 1}: image {' '.join(row[:1])!r}, {images_path.name} has {name!r} there"
-            )
+            raise _wrong(path, line, f"image {' '.join(row[:1])!r}, {images_path.name} has {name!r} there")
         if len(row) != 12:
-            raise UserError(
-                f"{path} line {index + 1}: {len(row)} fields; a name, ten landmark values and a score are needed"
-            )
+            raise _wrong(path, line, f"{len(row)} fields; a name, ten landmark values and a score are needed")
         try:
-            value_N11[index] = row[1:]
+            value_N11[line - 1] = row[1:]
         except ValueError:
-            value_N11[index] = [_number(path, index + 1, "a value", value) for value in row[1:]]
-    if not np.isfinite(value_N11).all():
-        line = int(np.flatnonzero(~np.isfinite(value_N11).all(1))[0])
-        raise UserError(f"{path} line {line + 1}: {' '.join(rows[line][1:])[:80]!r} holds values that are not finite")
+            value_N11[line - 1] = [_number(path, line, "a value", value) for value in row[1:]]
+    finite_N = np.isfinite(value_N11).all(1)
+    if not finite_N.all():
+        index = int(np.argmin(finite_N))
+        raise _wrong(path, index + 1, f"{' '.join(rows[index][1:])[:80]!r} holds values that are not finite")
     return value_N11[:, :10].reshape(-1, 5, 2), value_N11[:, 10]
 
 
-def _read_subjects(path: Path, template_N: np.ndarray, images_path: Path) -> SubjectList:
-    templates, subjects = [], []
+def _read_subjects(path: Path) -> SubjectList:
+    pairs = []
     for line, text in enumerate(_read_lines(path)[1:], 2):
         fields = [part.strip() for part in text.split(",")]
         if len(fields) < 2 or not fields[0].isdecimal() or not fields[1]:
-            raise UserError(f"{path} line {line}: {text[:80]!r}; 'template,subject' is needed (truncated?)")
-        templates.append(_id(path, line, fields[0]))
-        subjects.append(fields[1])
-    listed = _unique_subjects(path, templates, subjects)
-    _check_templates(path, (listed.template_T,), template_N, images_path)
-    return listed
+            raise _wrong(path, line, f"{text[:80]!r}; 'template,subject' is needed (truncated?)")
+        pairs.append((_id(path, line, fields[0]), fields[1]))
+    return _unique_subjects(path, pairs)
 
 
-def _unique_subjects(path: Path, templates: list[int], subjects: list[str]) -> SubjectList:
+def _unique_subjects(path: Path, pairs: Iterable[tuple[int, str]]) -> SubjectList:
     """One row a template (the files repeat a template for each of its images)."""
     subject_of = {}
-    for template, subject in zip(templates, subjects, strict=True):
+    for template, subject in pairs:
         if subject_of.setdefault(template, subject) != subject:
             raise UserError(f"{path}: template {template} is listed for subjects {subject_of[template]} and {subject}")
     if not subject_of:
@@ -343,31 +345,13 @@ def _unique_subjects(path: Path, templates: list[int], subjects: list[str]) -> S
     return SubjectList(np.array(list(subject_of)), np.array(list(subject_of.values())))
 
 
-def _check_templates(path: Path, columns: tuple[np.ndarray, ...], template_N: np.ndarray, images_path: Path) -> None:
-    known = np.unique(template_N)
-    for column in columns:
-        used = np.unique(column)
-        unknown = used[~np.isin(used, known)]
-        if len(unknown):
-            line = int(np.flatnonzero(column == unknown[0])[0]) + 1
-            raise UserError(f"{path}: template {unknown[0]} (row {line}) has no image in {images_path.name}")
-
-
-def _check_both_kinds(path: Path, label_P: np.ndarray) -> None:
-    num_same = int(np.count_nonzero(label_P))
-    if num_same in (0, len(label_P)):
-        raise UserError(
-            f"{path}: {num_same} genuine pairs of {len(label_P)}; TAR at FAR needs genuine and impostor pairs"
-        )
-
-
-def _first_bad_pair(path: Path, text: bytes) -> str:
+def _first_bad_pair(path: Path, text: bytes) -> UserError:
     for line, row in enumerate(text.split(b"\n"), 1):
         fields = row.split()
         if len(fields) != 3 or not all(part.lstrip(b"-").isdigit() for part in fields):
             shown = row[:80].decode("utf-8", "replace")
-            return f"{path} line {line}: {shown!r}; 'template template label' is needed (truncated?)"
-    return f"{path}: not a list of 'template template label' lines"
+            return _wrong(path, line, f"{shown!r}; 'template template label' is needed (truncated?)")
+    return UserError(f"{path}: not a list of 'template template label' lines")
 
 
 def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -376,12 +360,11 @@ def _csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[
     header = [name.strip() for name in reader.fieldnames or []]
     missing = [name for name in columns if name not in header]
     if missing:
-        raise UserError(f"{path} line 1: header {','.join(header)!r} lacks {', '.join(missing)}")
+        raise _wrong(path, 1, f"header {','.join(header)!r} lacks {', '.join(missing)}")
     for row in reader:
-        values = {
-            (name or "").strip(): (value or "").strip() for name, value in row.items() if isinstance(value, str | None)
-        }
+        row.pop(None, None)  # fields beyond the header
+        values = {name.strip(): (value or "").strip() for name, value in row.items()}
         empty = [name for name in columns if not values.get(name)]
         if empty:
-            raise UserError(f"{path} line {reader.line_num}: no value for {', '.join(empty)}")
+            raise _wrong(path, reader.line_num, f"no value for {', '.join(empty)}")
         yield reader.line_num, values
