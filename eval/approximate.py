@@ -24,17 +24,12 @@ _CANDIDATES = 128
 
 
 def load_faiss():
-    """The module.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The module; ``UserError`` where it is not installed."""
     try:
         import faiss
     except ImportError:
-        raise UserError(
-            "faiss is not installed: pip install -c constraints.txt '.[search]', or --index exact"
-        ) from None
+        remedy = "pip install -c constraints.txt '.[search]', or --index exact"
+        raise UserError(f"faiss is not installed: {remedy}") from None
     return faiss
 
 
@@ -75,8 +70,8 @@ def build_index(gallery: Gallery, seed: int = 0, show_progress: bool | None = No
         if recalls[0] >= _WANTED_RECALL or probed == num_lists:
             break
         probed = min(2 * probed, num_lists)
-    about = {"gallery": gallery.about.id, "rows": count, "lists": num_lists, "probed": probed, "asked": len(probe_R),
-             "recall": recalls[0], "recall_10": recalls[1]}  # fmt: skip
+    about = {"gallery": gallery.about.id, "rows": count, "lists": num_lists, "probed": probed, "asked": len(probe_R)}
+    about |= {"recall": recalls[0], "recall_10": recalls[1]}
     path = index_path(gallery.path)
     with written_whole(path) as aside:
         faiss.write_index(index, str(aside))
@@ -131,9 +126,8 @@ class ApproximateSearch:
             self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
             self.index.nprobe = probed
         except RuntimeError as error:
-            raise UserError(
-                f"{path}: not an index that faiss can read ({str(error).splitlines()[0][:80]}); {again}"
-            ) from None
+            reason = str(error).splitlines()[0][:80]
+            raise UserError(f"{path}: not an index that faiss can read ({reason}); {again}") from None
         if self.index.ntotal != len(gallery) or self.index.d != gallery.embedding_RD.shape[1]:
             raise UserError(f"{path}: {self.index.ntotal} rows of {self.index.d}, the gallery has other ones; {again}")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import written_whole
 from utils.progress import progress_bar
 from utils.text import read_text_lines
 from utils.vectors import unit_rows
@@ -55,9 +54,8 @@ def identify_among_distractors(
     if subject_N.shape != (len(probe_ND),):
         raise UserError(f"{subject_N.size} subjects for {len(probe_ND)} probes; each needs one")
     if distractor_MD.ndim != 2 or distractor_MD.shape[1:] != probe_ND.shape[1:] or not len(distractor_MD):
-        raise UserError(
-            f"distractors {distractor_MD.shape} for probes {probe_ND.shape}; [n, same size], n > 0, is needed"
-        )
+        shapes = f"distractors {distractor_MD.shape} for probes {probe_ND.shape}"
+        raise UserError(f"{shapes}; [n, same size], n > 0, is needed")
     _, inverse_N = np.unique(subject_N, return_inverse=True)
     same_NN = inverse_N[:, None] == inverse_N[None, :]
     np.fill_diagonal(same_NN, False)
@@ -95,14 +93,16 @@ def identify_among_distractors(
             start = stop
     highest = np.sort(highest)[::-1]
     once_G = genuine_G[left_G < right_G]
-    limits = [_limit(highest, math.floor(far * num_impostor * (1 + 1e-12)), num_impostor) for far in fars]
+    allowed = [math.floor(far * num_impostor * (1 + 1e-12)) for far in fars]
+    limits = tuple(float(highest[count]) if count < num_impostor else -math.inf for count in allowed)
+    rank_1, rank_10 = zip(*(found[size] for size in sizes), strict=True)
     return DistractorResult(
         sizes=sizes,
-        rank_1=tuple(found[size][0] for size in sizes),
-        rank_10=tuple(found[size][1] for size in sizes),
+        rank_1=rank_1,
+        rank_10=rank_10,
         fars=fars,
         tar=tuple(float(np.mean(once_G > limit)) for limit in limits),
-        threshold=tuple(float(limit) for limit in limits),
+        threshold=limits,
         num_genuine=len(once_G),
         num_impostor=num_impostor,
         score_range=(float(lowest), float(max(genuine_G.max(), highest[0]))),
@@ -124,9 +124,8 @@ def load_features(path: Path) -> np.ndarray:
         return feature_ND
     rows = [read_megaface_vector(path.parent / line.strip()) for line in read_text_lines(path) if line.strip()]
     if not rows or len({row.shape for row in rows}) != 1:
-        raise UserError(
-            f"{path}: {len(rows)} features of sizes {sorted({len(row) for row in rows})}; one size is needed"
-        )
+        sizes = sorted({len(row) for row in rows})
+        raise UserError(f"{path}: {len(rows)} features of sizes {sizes}; one size is needed")
     return np.stack(rows)
 
 
@@ -136,21 +135,8 @@ def read_megaface_vector(path: Path) -> np.ndarray:
         raise UserError(f"{path}: no such file; it is on the list of features")
     data = path.read_bytes()
     header = np.frombuffer(data[:16], "<i4") if len(data) >= 16 else np.zeros(4, "<i4")
-    rows, columns, _, kind = (int(value) for value in header)
+    rows, columns, _, kind = header.tolist()
     if kind != _FLOAT32_MATRIX or rows < 1 or columns < 1 or len(data) != 16 + 4 * rows * columns:
-        raise UserError(
-            f"{path}: {len(data)} bytes, header {header.tolist()}; not a float32 matrix of the MegaFace tools"
-        )
+        found = f"{len(data)} bytes, header {header.tolist()}"
+        raise UserError(f"{path}: {found}; not a float32 matrix of the MegaFace tools")
     return np.frombuffer(data[16:], "<f4").astype(np.float32)
-
-
-def write_megaface_vector(path: Path, vector_D: np.ndarray) -> None:
-    """The file ``read_megaface_vector`` reads: one column."""
-    vector_D = np.asarray(vector_D, "<f4")
-    header = np.array([len(vector_D), 1, 4, _FLOAT32_MATRIX], "<i4")
-    with written_whole(path) as aside:
-        aside.write_bytes(header.tobytes() + vector_D.tobytes())
-
-
-def _limit(highest: np.ndarray, allowed: int, num_impostor: int) -> float:
-    return float(highest[allowed]) if allowed < num_impostor else -math.inf

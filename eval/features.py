@@ -73,12 +73,7 @@ def protocol_features(
     with distributed.together():
         if rank == 0:
             stamps = file_stamps(protocol.image_dir, protocol.image_N)
-            wanted = {
-                "images": images.digest(),
-                "files": digest(stamps),
-                "num_images": len(images),
-                "model": model,
-            }
+            wanted = {"images": images.digest(), "files": digest(stamps), "num_images": len(images), "model": model}
             complete = _is_complete(path, wanted, replace, at_hand=any(stamps))
     complete, wanted = distributed.broadcast_object((complete, wanted))
     if not complete:
@@ -94,7 +89,7 @@ def protocol_features(
             flip="both",
             key=_key(wanted),
             stamps=stamps,
-            flagged=images.is_outside,
+            flagged=images.outside.__contains__,
             record=wanted,
             chunk=CHUNK,
             num_threads=num_threads or threads_of_rank(),
@@ -126,7 +121,7 @@ class _Images:
 
     def __init__(self, protocol: TemplateProtocol):
         self.protocol, self.size = protocol, 0
-        self._outside: set[int] = set()
+        self.outside: set[int] = set()  # images that were read and have a landmark outside of the picture
 
     def __len__(self) -> int:
         return len(self.protocol.image_N)
@@ -134,12 +129,8 @@ class _Images:
     def __getitem__(self, index: int) -> np.ndarray:
         image, outside = read_aligned(self.protocol, index, self.size)
         if outside:
-            self._outside.add(index)
+            self.outside.add(index)
         return image
-
-    def is_outside(self, index: int) -> bool:
-        """Whether an image that was read has a landmark outside of it."""
-        return index in self._outside
 
     def name(self, index: int) -> Path:
         return self.protocol.image_dir / self.protocol.image_N[index]
@@ -161,29 +152,28 @@ def _is_complete(path: Path, wanted: dict, replace: bool, at_hand: bool) -> bool
     """Whether ``path`` holds all features that are wanted; what is there of other work is an error or is removed."""
     if path.is_dir():
         raise UserError(f"{path}: a folder; --features names a file, for example {path / 'features.npy'}")
+    beside = record_file(path)
     try:
         if not path.is_file():
             unfinished = partial_key(path)
             if unfinished not in (None, _key(wanted)) and wanted["model"] is not None:
-                part = partial_files(path)[0]
-                raise UserError(
-                    f"{part}: unfinished, of other images or weights; name another --features file or delete it"
-                )
+                remedy = "name another --features file or delete it"
+                raise UserError(f"{partial_files(path)[0]}: unfinished, of other images or weights; {remedy}")
             return False
         record = _read_record(path)
         if record is not None:
             _check_record(path, record, wanted, at_hand)
+            state = "same images and weights" if at_hand else "same names and weights; the image files are not at hand"
         elif replace:
-            raise UserError(f"{path}: no {path.name}.json beside it that says what it was made from")
-        state = "same images and weights" if at_hand else "same names and weights; the image files are not at hand"
-        if record is None:
-            state = f"on trust: no {path.name}.json beside it says what it was made from"
+            raise UserError(f"{path}: no {beside.name} beside it that says what it was made from")
+        else:
+            state = f"on trust: no {beside.name} beside it says what it was made from"
         print(f"features of {wanted['num_images']} images reused from {path} ({state})", file=sys.stderr, flush=True)
     except UserError as error:
         if not replace:
             raise
         print(f"made anew: {error}", file=sys.stderr, flush=True)
-        for old in (path, record_file(path), *partial_files(path)):
+        for old in (path, beside, *partial_files(path)):
             old.unlink(missing_ok=True)
         return False
     return True
@@ -208,20 +198,16 @@ def _read_record(path: Path) -> dict | None:
 
 
 def _check_record(path: Path, record: dict, wanted: dict, at_hand: bool) -> None:
-    if record["images"] != wanted["images"] or record["num_images"] != wanted["num_images"]:
-        raise UserError(
-            f"{path}: features of {record['num_images']} other images (here: {wanted['num_images']}; names or marks "
-            "differ); name another --features file"
-        )
-    if wanted["model"] is not None and record["model"] != wanted["model"]:
-        raise UserError(
-            f"{path}: made by other weights or in another precision; name another --features file or delete this one"
-        )
+    other = "name another --features file"
+    if (record["images"], record["num_images"]) != (wanted["images"], wanted["num_images"]):
+        found = f"features of {record['num_images']} other images (here: {wanted['num_images']}; names or marks differ)"
+        raise UserError(f"{path}: {found}; {other}")
+    if wanted["model"] not in (None, record["model"]):
+        raise UserError(f"{path}: made by other weights or in another precision; {other} or delete this one")
     if at_hand and record.get("files") != wanted["files"]:
-        raise UserError(
-            f"{path}: sizes or times of the image files are not those it was made from; delete it to embed them again, "
-            f"or delete {path.name}.json alone to take it on trust"
-        )
+        found = "sizes or times of the image files are not those it was made from"
+        remedy = f"delete it to embed them again, or delete {path.name}.json alone to take it on trust"
+        raise UserError(f"{path}: {found}; {remedy}")
 
 
 def _open(path: Path, num_images: int) -> np.ndarray:

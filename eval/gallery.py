@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from utils.errors import UserError
 from utils.files import describe_file, written_whole
@@ -32,10 +33,7 @@ from utils.vectors import row_norms
 FORMAT = "arcface-paddle-pfc gallery 1"
 MOST_PROBES = 5000  # photos that a threshold is measured on
 _BLOCK_BYTES = 1 << 26
-_KINDS = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U64": np.dtype("<u8"), "U8": np.dtype("u1")}
-_TENSORS = {"embedding": ("F32", 2), "person": ("I32", 1), "pixels": ("U64", 1), "stranger": ("F32", 2),
-            "impostor": ("F32", 1), "names": ("U8", 1)}  # fmt: skip
-_ABOUT = {"format": str, "id": str, "model": str, "identity": str, "alignment": str, "strangers": str}
+_DTYPES = {"embedding": "<f4", "person": "<i4", "pixels": "<u8", "stranger": "<f4", "impostor": "<f4", "names": "|u1"}
 
 
 @dataclass(frozen=True)
@@ -98,32 +96,23 @@ class Gallery:
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such gallery; enrol people first (tools/search.py enrol)")
-        tensors, about = _read_header(self.path)
-        self.about = about
+        tensors, self.about = _read(self.path)
         self.embedding_RD, self.person_R, self.pixels_R = (tensors[name] for name in ("embedding", "person", "pixels"))
         self.stranger_ID, self.impostor_P = tensors["stranger"], tensors["impostor"]
         try:
             self.names = json.loads(tensors["names"].tobytes())
         except ValueError:
-            raise self._damaged("its names are not JSON") from None
-        count = len(self.embedding_RD)
+            raise _damaged(self.path, "its names are not JSON") from None
         if not isinstance(self.names, list) or not all(isinstance(name, str) for name in self.names):
-            raise self._damaged("its names are not a list of texts")
-        if not count or self.person_R.shape != (count,) or self.pixels_R.shape != (count,):
-            raise self._damaged(
-                f"{count} embeddings, {len(self.person_R)} people numbers, {len(self.pixels_R)} digests"
-            )
-        if self.person_R[0] != 0 or self.person_R[-1] != len(self.names) - 1 or not self._in_order():
-            raise self._damaged("people do not stand in order")
+            raise _damaged(self.path, "its names are not a list of texts")
+        counts = [len(rows) for rows in (self.embedding_RD, self.person_R, self.pixels_R)]
+        if not counts[0] or len(set(counts)) > 1:
+            raise _damaged(self.path, "{} embeddings, {} people numbers, {} digests".format(*counts))
+        steps = np.diff(self.person_R, prepend=-1, append=len(self.names))
+        if steps[0] != 1 or steps[-1] != 1 or not ((steps == 0) | (steps == 1)).all():
+            raise _damaged(self.path, "people do not stand in order")
         if self.stranger_ID.shape[1] != self.embedding_RD.shape[1]:
-            raise self._damaged("strangers and people have embeddings of different sizes")
-
-    def _in_order(self) -> bool:
-        steps = np.diff(self.person_R)
-        return bool(((steps == 0) | (steps == 1)).all())
-
-    def _damaged(self, reason: str) -> UserError:
-        return UserError(f"{self.path}: a damaged gallery ({reason}); enrol again or restore a copy")
+            raise _damaged(self.path, "strangers and people have embeddings of different sizes")
 
     def __len__(self) -> int:
         return len(self.embedding_RD)
@@ -138,8 +127,7 @@ class Gallery:
         Blocks are multiplied in float32; what is too close to call, in float64.
         """
         query_QD = np.asarray(query_QD, np.float64)
-        result = []
-        narrow = query_QD.astype(np.float32)
+        result, narrow = [], query_QD.astype(np.float32)
         for first in range(0, len(query_QD), 16):  # people x queries are held at once
             part = slice(first, first + 16)
             best_QG = self._best_of_people(narrow[part])
@@ -167,12 +155,9 @@ class Gallery:
         error = (len(query_D) + 8) * 2.0**-24  # of a float32 product of unit vectors
         limit = np.partition(best_G, len(best_G) - top)[len(best_G) - top] - 2 * error
         candidate_K = np.flatnonzero(best_G >= limit)
-        cosine_K = np.array([(self._rows_of(person) @ query_D).max() for person in candidate_K.tolist()])
-        return self.ranked(candidate_K, cosine_K, top)
-
-    def _rows_of(self, person: int) -> np.ndarray:
-        begin, end = np.searchsorted(self.person_R, [person, person + 1])
-        return np.asarray(self.embedding_RD[begin:end], np.float64)
+        begin_K, end_K = (np.searchsorted(self.person_R, candidate_K, side) for side in ("left", "right"))
+        rows = (np.asarray(self.embedding_RD[b:e], np.float64) for b, e in zip(begin_K, end_K, strict=True))
+        return self.ranked(candidate_K, np.array([(rows_nD @ query_D).max() for rows_nD in rows]), top)
 
     def ranked(self, person_K: np.ndarray, cosine_K: np.ndarray, top: int) -> list[Match]:
         """The best ``top`` of chosen people."""
@@ -191,47 +176,35 @@ class Gallery:
 # --- the file
 
 
-def _read_header(path: Path) -> tuple[dict[str, np.ndarray], About]:
-    size = path.stat().st_size
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path}: a damaged gallery ({reason}); enrol again or restore a copy")
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], About]:
     with open(path, "rb") as file:
-        start = file.read(8)
-        (length,) = struct.unpack("<Q", start) if len(start) == 8 else (0,)
-        text = file.read(length) if 0 < length <= min(size - 8, 100 << 20) else b""
-    try:
-        header = json.loads(text)
-        about = json.loads(header.pop("__metadata__")["gallery"])
-        known = isinstance(about, dict) and about.get("format") == FORMAT
-    except (ValueError, KeyError, TypeError, AttributeError):
-        known = False
-    if not known:
-        raise UserError(f"{path}: not a gallery, but {describe_file(path)}; make one with tools/search.py enrol")
-    damaged = f"{path}: a damaged gallery ({{}}); enrol again or restore a copy"
+        if FORMAT.encode() not in file.read(1024):  # the first that a header says
+            raise UserError(f"{path}: not a gallery, but {describe_file(path)}; make one with tools/search.py enrol")
     tensors = {}
     try:
-        for name, (kind, num_axes) in _TENSORS.items():
-            entry = header[name]
-            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end))
-            if entry["dtype"] != kind or len(shape) != num_axes or not whole:
-                raise UserError(damaged.format(f"its {name} is {entry['dtype']} {list(shape)}"))
-            if end - begin != math.prod(shape) * _KINDS[kind].itemsize or 8 + length + end > size:
-                raise UserError(damaged.format(f"{size} bytes, its {name} needs {8 + length + end}"))
-            tensors[name] = (
-                np.memmap(path, _KINDS[kind], "r", 8 + length + begin, shape)
-                if math.prod(shape)
-                else np.empty(shape, _KINDS[kind])
-            )
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(damaged.format(f"its header lacks or garbles {error}")) from None
-    if not all(isinstance(about.get(name), kind) for name, kind in _ABOUT.items()):
-        raise UserError(damaged.format("its header does not say what it was made with"))
-    detector = about.get("detector")
-    if not (detector is None or isinstance(detector, str)):
-        raise UserError(damaged.format("its detector is no text"))
-    fields = {name: about[name] for name in ("model", "identity", "alignment", "strangers", "id")}
-    return tensors, About(**fields, detector=detector)
+        with safe_open(path, "np"):  # checks the header against itself and the size of the file
+            pass
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for name, dtype in _DTYPES.items():
+            kind, shape, (begin, _) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+            if kind != _kind(dtype) or len(shape) != (2 if name in ("embedding", "stranger") else 1):
+                raise ValueError(f"its {name} is {kind} {shape}")
+            whole = math.prod(shape)  # nothing cannot be mapped
+            place = 8 + length + begin
+            tensors[name] = np.memmap(path, dtype, "r", place, tuple(shape)) if whole else np.empty(shape, dtype)
+        about = json.loads(header["__metadata__"]["gallery"])
+        told = {name: about[name] for name in ("model", "identity", "alignment", "detector", "strangers", "id")}
+        if about["format"] != FORMAT or not all(isinstance(text, str) for text in told.values() if text is not None):
+            raise ValueError("its header does not say what it was made with")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return tensors, About(**told)
 
 
 def write_gallery(
@@ -258,49 +231,52 @@ def write_gallery(
         seed: of the sample that the threshold is measured on.
         show_progress: a line with rate and time left on stderr.
     """
-    order_R = np.lexsort((np.arange(len(person_R)), person_R))
-    size = stranger_ID.shape[1]
-    count = len(order_R)
-    probes = len(stranger_ID)
+    order_R = np.argsort(person_R, kind="stable")
+    count, size, probes = len(order_R), stranger_ID.shape[1], len(stranger_ID)
     if not probes and len(names) > 1:
         probes = min(count, MOST_PROBES)
     text = json.dumps(names, ensure_ascii=False).encode(errors="surrogatepass")  # names of folders are any bytes
-    shapes = {"embedding": (count, size), "person": (count,), "pixels": (count,), "stranger": stranger_ID.shape,
-              "impostor": (probes,), "names": (len(text),)}  # fmt: skip
+    others = {
+        "person": np.asarray(person_R)[order_R],
+        "pixels": np.asarray(pixels_R)[order_R],
+        "stranger": stranger_ID,
+        "impostor": np.zeros(probes),  # until they are measured
+        "names": np.frombuffer(text, np.uint8),
+    }
     with written_whole(path) as aside:
         with open(aside, "wb") as file:
-            file.write(_header(about, shapes))
+            file.write(_header(about, {"embedding": (count, size), **{name: x.shape for name, x in others.items()}}))
             height = max(1, _BLOCK_BYTES // (4 * size))
             with progress_bar("writing", count, enabled=show_progress) as advance:
                 for first in range(0, count, height):
                     block = rows(order_R[first : first + height])
-                    file.write(np.ascontiguousarray(block, "<f4").tobytes())
+                    file.write(np.ascontiguousarray(block, _DTYPES["embedding"]).tobytes())
                     advance(len(block))
-            file.write(np.asarray(person_R)[order_R].astype("<i4").tobytes())
-            file.write(np.asarray(pixels_R)[order_R].astype("<u8").tobytes())
-            file.write(np.ascontiguousarray(stranger_ID, "<f4").tobytes())
-            place = file.tell()
-            file.write(bytes(4 * probes))
-            file.write(text)
+            for name, array in others.items():
+                file.write(np.ascontiguousarray(array, _DTYPES[name]).tobytes())
         gallery = Gallery(aside)
         if probes:
             impostor_P = measure_strangers(gallery, seed, show_progress)
             with open(aside, "r+b") as file:
-                file.seek(place)
-                file.write(np.sort(impostor_P)[::-1].astype("<f4").tobytes())
+                file.seek(gallery.impostor_P.offset)
+                file.write(np.sort(impostor_P)[::-1].astype(_DTYPES["impostor"]).tobytes())
         del gallery
     return Gallery(path)
+
+
+def _kind(dtype: str) -> str:
+    """What safetensors calls a dtype: F32 for ``<f4``."""
+    return f"{dtype[1].upper()}{8 * int(dtype[2])}"
 
 
 def _header(about: About, shapes: dict[str, tuple[int, ...]]) -> bytes:
     entries, place = {}, 0
     for name, shape in shapes.items():
-        kind = _TENSORS[name][0]
-        end = place + math.prod(shape) * _KINDS[kind].itemsize
-        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [place, end]}
-        place = end
+        begin, place = place, place + math.prod(shape) * np.dtype(_DTYPES[name]).itemsize
+        entries[name] = {"dtype": _kind(_DTYPES[name]), "shape": list(shape), "data_offsets": [begin, place]}
     told = {"format": FORMAT, **about.__dict__}
-    text = json.dumps({"__metadata__": {"gallery": json.dumps(told, ensure_ascii=False)}, **entries}).encode()
+    # Escaped twice: safetensors takes no lone surrogates, which paths that are no UTF-8 have.
+    text = json.dumps({"__metadata__": {"gallery": json.dumps(told)}, **entries}).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

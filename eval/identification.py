@@ -83,22 +83,16 @@ def tpir_at_fpir(found: Search, fpirs: Sequence[float] = (0.01, 0.1), rank: int 
     mated_Q = found.mated_Q
     others = np.sort(found.best_score_Q[~mated_Q])[::-1]
     if not len(others) or not mated_Q.any():
-        raise UserError(
-            f"{len(others)} non-mated and {int(mated_Q.sum())} mated probes; open-set identification needs both"
-        )
+        found = f"{len(others)} non-mated and {int(mated_Q.sum())} mated probes"
+        raise UserError(f"{found}; open-set identification needs both")
     within = found.mate_score_Q[mated_Q][found.mate_rank_Q[mated_Q] <= rank]
     points = []
     for fpir in fpirs:
         allowed = math.floor(fpir * len(others) + 1e-9)
         limit = others[allowed] if allowed < len(others) else -np.inf
-        points.append(
-            OpenSet(
-                fpir=fpir,
-                tpir=float(np.count_nonzero(within > limit) / mated_Q.sum()),
-                actual_fpir=float(np.count_nonzero(others > limit) / len(others)),
-                threshold=float(limit),
-            )
-        )
+        tpir = np.count_nonzero(within > limit) / mated_Q.sum()
+        actual_fpir = np.count_nonzero(others > limit) / len(others)
+        points.append(OpenSet(fpir, float(tpir), float(actual_fpir), float(limit)))
     return points
 
 

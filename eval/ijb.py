@@ -20,6 +20,7 @@ meanings, so here the word only ever means "keep"):
 import argparse
 import sys
 import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -40,7 +41,7 @@ from eval.options import (
 )
 from eval.protocols import TemplateProtocol, read_csv_protocol, read_ijb
 from eval.remarks import template_remarks
-from eval.results import load_results, write_report, write_template_results
+from eval.results import load_results, tell, write_template_results
 from eval.stream import claimed
 from eval.tables import (
     ALL_SETTINGS,
@@ -62,12 +63,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", default="IJBC", help="IJBC, IJBB, or the prefix of another set of that layout")
     parser.add_argument("--protocol", type=Path, help="folder with images.csv and pairs.csv (instead of --image-path)")
     parser.add_argument("--features", type=Path, help="cache of embeddings (default: in --result-dir)")
+    switch = {"action": argparse.BooleanOptionalAction, "default": True}
     for letter, name in (("N", "norm-score"), ("D", "detector-score"), ("F", "flip-test")):
-        parser.add_argument(
-            f"--use-{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{letter}1 or {letter}0"
-        )
+        parser.add_argument(f"--use-{name}", help=f"{letter}1 or {letter}0", **switch)
     parser.add_argument("--all-settings", action="store_true", help="all eight N/D/F rows in the table")
-    parser.add_argument("--identification", action=argparse.BooleanOptionalAction, default=True, help="1:N, if listed")
+    parser.add_argument("--identification", help="1:N, if listed", **switch)
     parser.add_argument("--num-threads", type=int, help="threads that read and align (default: one a core)")
     add_report_options(parser, "scores, tables and pictures")
     args = parser.parse_args(argv)
@@ -90,14 +90,11 @@ def main(argv: list[str] | None = None) -> None:
         protocol = read_ijb(args.image_path, args.target) if args.protocol is None else read_csv_protocol(args.protocol)
         digest = None if args.model is None else weights_digest(args.model, args.which, args.precision)
     if distributed.get_rank() == 0:
-        print(f"{protocol.name}: {len(protocol.image_N):,} images, {len(np.unique(protocol.template_N)):,} templates, "
-              f"{len(protocol.same_P):,} pairs ({int(protocol.same_P.sum()):,} genuine)", flush=True)  # fmt: skip
-
-    def load():
-        return load_embedder(
-            args.model, args.network, args.engine, args.batch_size, which=args.which, precision=args.precision
-        )
-
+        images = f"{len(protocol.image_N):,} images, {len(np.unique(protocol.template_N)):,} templates"
+        pairs = f"{len(protocol.same_P):,} pairs ({int(protocol.same_P.sum()):,} genuine)"
+        print(f"{protocol.name}: {images}, {pairs}", flush=True)
+    options = {"which": args.which, "precision": args.precision}
+    load = partial(load_embedder, args.model, args.network, args.engine, args.batch_size, **options)
     source = args.model or args.features
     folder = args.result_dir or default_result_dir(source, f"ijb/{protocol.name}")
     with claimed(folder, "name another --result-dir"):
@@ -117,11 +114,10 @@ def _report(args: argparse.Namespace, folder: Path, protocol: TemplateProtocol, 
     """Judge the features; print and write what came out."""
     chosen = Setting(args.use_norm_score, args.use_detector_score, args.use_flip_test)
     result = evaluate_templates(protocol, features.feature_N2D, chosen)
-    every = {str(chosen): result.table}
-    if args.all_settings:
-        others = (s for s in ALL_SETTINGS if s != chosen)
-        every |= {str(s): evaluate_templates(protocol, features.feature_N2D, s).table for s in others}
-        every = {str(s): every[str(s)] for s in ALL_SETTINGS}
+    every = {}
+    for setting in ALL_SETTINGS if args.all_settings else (chosen,):
+        judged = result if setting == chosen else evaluate_templates(protocol, features.feature_N2D, setting)
+        every[str(setting)] = judged.table
     print_table(*published_table(protocol, every))
     print_table(*strict_table(result))
     identification = identify(protocol, result.template_T, result.feature_TD) if args.identification else []
@@ -131,10 +127,7 @@ def _report(args: argparse.Namespace, folder: Path, protocol: TemplateProtocol, 
     print_warnings(warnings)
     settings = shown_settings(args, Path(args.model or args.features).name, setting=str(chosen))
     write_template_results(folder, protocol, result, every, identification, settings, warnings)
-    print(f"results in {folder}")
-    if args.report is not None:
-        write_report(args.report, [folder, *args.compare])
-        print(f"report {args.report}")
+    tell(folder, args.report, args.compare)
 
 
 if __name__ == "__main__":

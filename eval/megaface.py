@@ -23,7 +23,7 @@ import numpy as np
 from eval.distractors import FARS, SIZES, identify_among_distractors, load_features
 from eval.options import bare_name, print_table, print_warnings
 from eval.remarks import distractor_remarks
-from eval.results import load_results, write_distractor_results, write_report
+from eval.results import load_results, tell, write_distractor_results
 from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.owner import claim
 from utils.text import plain, read_text
@@ -36,9 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--probes", type=Path, required=True)
     parser.add_argument("--subjects", type=Path, required=True)
     parser.add_argument("--distractors", type=Path, required=True)
-    parser.add_argument(
-        "--sizes", default=",".join(map(str, SIZES)), help="numbers of distractors (default: %(default)s)"
-    )
+    every = ",".join(map(str, SIZES))
+    parser.add_argument("--sizes", default=every, help="numbers of distractors (default: %(default)s)")
     parser.add_argument("--shuffle", type=int, help="seed of another order of distractors")
     parser.add_argument("--label", help="name of this run in reports (default: the probe file's)")
     parser.add_argument("--result-dir", type=Path, default=Path("work_dirs/megaface"))
@@ -68,10 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         for _, head, rows in write_distractor_results(folder, result, settings, warnings):
             print_table(head, rows)
         print_warnings(warnings)
-        print(f"results in {folder}")
-        if args.report is not None:
-            write_report(args.report, [folder, *args.compare])
-            print(f"report {args.report}")
+        tell(folder, args.report, args.compare)
 
 
 if __name__ == "__main__":

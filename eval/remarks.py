@@ -17,10 +17,7 @@ _EQUAL = 1e-9  # of a cosine: what is nearer differs by rounding alone
 def set_remarks(image_NHWC: np.ndarray, same_P: np.ndarray, num_folds: int = 10, far_target: float = 1e-3) -> list[str]:
     """About a pair set itself: one kind alone, folds without a kind, too few impostors, repeated and identical images.
 
-    Args:
-        image_NHWC: N = 2P, image 2i and 2i+1 are pair i.
-        num_folds: as asked for.
-        far_target: of VAL.
+    Image 2i and 2i+1 are pair i; ``num_folds`` is what was asked for, ``far_target`` that of VAL.
     """
     num_pairs, remarks = len(same_P), []
     num_same = int(np.count_nonzero(same_P))
@@ -36,17 +33,15 @@ def set_remarks(image_NHWC: np.ndarray, same_P: np.ndarray, num_folds: int = 10,
     fold_P = fold_of_pairs(num_pairs, num_folds)
     num_different_F = np.bincount(fold_P[~same_P], minlength=num_folds)
     if 0 < num_same < num_pairs:
-        for kind, count_F in (("genuine", np.bincount(fold_P[same_P], minlength=num_folds)),
-                              ("impostor", num_different_F)):  # fmt: skip
-            lacking = np.flatnonzero(count_F == 0)
+        for kind, chosen_P in (("genuine", same_P), ("impostor", ~same_P)):
+            lacking = np.flatnonzero(np.bincount(fold_P[chosen_P], minlength=num_folds) == 0)
             if len(lacking):
                 remarks.append(
                     f"{len(lacking)} of {num_folds} folds have no {kind} pair (the first is fold {lacking[0] + 1}): "
                     f"rates of {kind} pairs are means over the others; mix the list"
                 )
-        remarks += far_remarks(
-            [far_target], int((num_different_F.sum() - num_different_F).max()), "of all folds but one"
-        )
+        most = int((num_different_F.sum() - num_different_F).max())
+        remarks += far_remarks([far_target], most, "of all folds but one")
     return remarks + _image_remarks(image_NHWC, same_P)
 
 
@@ -56,12 +51,12 @@ def score_remarks(score_P: np.ndarray, what: str = "pairs") -> list[str]:
         return []
     low, high = float(np.min(score_P)), float(np.max(score_P))
     if high - low <= _EQUAL:
-        return [f"the scores of all {what} are equal ({low:.6f}): these embeddings tell nobody apart; "
-                "check weights and images"]  # fmt: skip
-    if 2 * (high - low) < ACCURACY_GRID[2]:
-        return [f"the scores of all {what} lie within {high - low:.2g} of each other: these embeddings "
-                "hardly tell anybody apart; check weights and images"]  # fmt: skip
-    return []
+        found = f"are equal ({low:.6f}): these embeddings tell nobody apart"
+    elif 2 * (high - low) < ACCURACY_GRID[2]:
+        found = f"lie within {high - low:.2g} of each other: these embeddings hardly tell anybody apart"
+    else:
+        return []
+    return [f"the scores of all {what} {found}; check weights and images"]
 
 
 def norm_remarks(norm_N: np.ndarray, what: str = "embeddings") -> list[str]:
@@ -69,9 +64,8 @@ def norm_remarks(norm_N: np.ndarray, what: str = "embeddings") -> list[str]:
     zero = np.flatnonzero(norm_N == 0)
     if not len(zero):
         return []
-    return [
-        f"{len(zero)} of {len(norm_N):,} {what} are zero (the first is number {zero[0]}): their scores mean nothing"
-    ]
+    which = f"{len(zero)} of {len(norm_N):,} {what} are zero (the first is number {zero[0]})"
+    return [f"{which}: their scores mean nothing"]
 
 
 def far_remarks(fars: Sequence[float], num_impostors: int, which: str = "") -> list[str]:
@@ -79,33 +73,35 @@ def far_remarks(fars: Sequence[float], num_impostors: int, which: str = "") -> l
     below = [far for far in fars if far * num_impostors * (1 + 1e-12) < 1]
     if not below or not num_impostors:
         return []
-    names = ", ".join(f"{far:g}" for far in below)
-    return [f"FAR {names} lies below what {num_impostors:,} impostor pairs{' ' * bool(which)}{which} can show "
-            f"(1/{num_impostors} = {1 / num_impostors:.1e}): no impostor is accepted there"]  # fmt: skip
+    names, pairs = ", ".join(f"{far:g}" for far in below), f"{num_impostors:,} impostor pairs {which}".rstrip()
+    least = f"1/{num_impostors} = {1 / num_impostors:.1e}"
+    return [f"FAR {names} lies below what {pairs} can show ({least}): no impostor is accepted there"]
 
 
 def landmark_remarks(num_outside: int | None, num_images: int) -> list[str]:
     """About images with a landmark outside of the picture; None: nobody counted."""
     if not num_outside:
         return []
-    return [f"{num_outside:,} of {num_images:,} images have a landmark outside of the picture: they are aligned and "
-            "embedded all the same; check the landmark list"]  # fmt: skip
+    which = f"{num_outside:,} of {num_images:,} images have a landmark outside of the picture"
+    return [f"{which}: they are aligned and embedded all the same; check the landmark list"]
 
 
 def template_remarks(
-    protocol: TemplateProtocol, template_TD: np.ndarray, score_P: np.ndarray, fars: Sequence[float],
+    protocol: TemplateProtocol,
+    template_TD: np.ndarray,
+    score_P: np.ndarray,
+    fars: Sequence[float],
     num_outside: int | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """About a template protocol and its scores. ``num_outside``: images with a landmark outside of the picture."""
+    left_P, right_P, same_P = protocol.left_P, protocol.right_P, protocol.same_P
     remarks = landmark_remarks(num_outside, len(protocol.image_N))
     remarks += norm_remarks(np.abs(template_TD).max(1), "templates")
-    remarks += score_remarks(score_P)
-    remarks += far_remarks(fars, int(np.count_nonzero(~protocol.same_P)))
-    itself = int(np.count_nonzero(protocol.left_P == protocol.right_P))
+    remarks += score_remarks(score_P) + far_remarks(fars, int(np.count_nonzero(~same_P)))
+    itself = int(np.count_nonzero(left_P == right_P))
     if itself:
         remarks.append(f"{itself:,} pairs compare a template with itself")
-    low_P, high_P = np.minimum(protocol.left_P, protocol.right_P), np.maximum(protocol.left_P, protocol.right_P)
-    return remarks + _repeats(low_P, high_P, protocol.same_P)
+    return remarks + _repeats(left_P, right_P, same_P)
 
 
 def distractor_remarks(
@@ -132,11 +128,12 @@ def _image_remarks(image_NHWC: np.ndarray, same_P: np.ndarray) -> list[str]:
         different = int(np.count_nonzero(~same_P[itself]))
         called = f", {different} of them called different people" if different else ""
         remarks.append(f"{len(itself)} pairs hold the same image on both sides (the first is pair {itself[0]}){called}")
-    return remarks + _repeats(np.minimum(left_P, right_P), np.maximum(left_P, right_P), same_P)
+    return remarks + _repeats(left_P, right_P, same_P)
 
 
-def _repeats(low_P: np.ndarray, high_P: np.ndarray, same_P: np.ndarray) -> list[str]:
+def _repeats(left_P: np.ndarray, right_P: np.ndarray, same_P: np.ndarray) -> list[str]:
     """About pairs that occur again, in either order; and with the other label."""
+    low_P, high_P = np.minimum(left_P, right_P), np.maximum(left_P, right_P)
     width = int(high_P.max()) + 1
     if int(low_P.min()) < 0 or int(high_P.max()) >= 2**62 // width:  # ids that do not combine: number them
         ids, both = np.unique(np.concatenate([low_P, high_P]), return_inverse=True)

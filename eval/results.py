@@ -208,6 +208,14 @@ def load_results(folders: Sequence[Path]) -> list[Result]:
     return results
 
 
+def tell(folder: Path, report: Path | None, others: Sequence[Path]) -> None:
+    """Say where results are, and make the page of them and of ``others`` that was asked for."""
+    print(f"results in {folder}")
+    if report is not None:
+        write_report(report, [folder, *others])
+        print(f"report {report}")
+
+
 def write_report(path: Path, folders: Sequence[Path]) -> None:
     """Write the page for the result folders; it opens without a network."""
     results = load_results(folders)

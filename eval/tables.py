@@ -3,7 +3,7 @@
 Legend: N images, D embedding size, T templates, P pairs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from utils.vectors import scale_to_unit
 
 @dataclass(frozen=True)
 class Setting:
-    """The N/D/F switches (see the module's text)."""
+    """The N/D/F switches (see ``eval/ijb.py``)."""
 
     norm: bool = True
     detector: bool = True
@@ -73,10 +73,9 @@ class Identification:
 
 def evaluate_templates(protocol: TemplateProtocol, feature_N2D: np.ndarray, setting: Setting) -> TemplateResult:
     """Features to table. Raises ``UserError`` for features that are not finite."""
+    transform = setting.transform(protocol.score_N)
     try:
-        template_T, feature_TD = pool_templates(
-            feature_N2D, protocol.template_N, protocol.media_N, setting.transform(protocol.score_N)
-        )
+        template_T, feature_TD = pool_templates(feature_N2D, protocol.template_N, protocol.media_N, transform)
     except UserError as error:
         raise UserError(f"{protocol.name}: {error}") from error
     score_P = score_pairs(template_T, feature_TD, protocol.left_P, protocol.right_P)
@@ -98,52 +97,48 @@ def identify(protocol: TemplateProtocol, template_T: np.ndarray, feature_TD: np.
         mated = found.mated_Q
         open_set = tuple(tpir_at_fpir(found)) if mated.any() and not mated.all() else None
         rows.append(Identification(name, cmc(found) if mated.any() else None, open_set))
-    merged = SubjectList(*(np.concatenate(parts) for parts in zip(*(
-        (gallery.template_T, gallery.subject_T) for gallery in protocol.galleries.values()), strict=True)))  # fmt: skip
+    gallery_GD = np.concatenate([of(gallery) for gallery in protocol.galleries.values()])
+    subject_G = np.concatenate([gallery.subject_T for gallery in protocol.galleries.values()])
     num_impostors = max(1, -(-len(probes) // 10))
-    found = search(of(merged), merged.subject_T, probe_QD, probes, num_impostors)
+    found = search(gallery_GD, subject_G, probe_QD, probes, num_impostors)
     if found.mated_Q.any() and found.num_subjects > 1:
         enough = len(found.impostor_K) >= num_impostors
         rows.append(Identification("all", cmc(found), None, tuple(pair_recall(found)) if enough else None))
     return rows
 
 
+def _percent(rates: Iterable[float]) -> list[str]:
+    return [f"{100 * rate:.2f}" for rate in rates]
+
+
 def published_table(protocol: TemplateProtocol, tables: Tables) -> tuple[list[str], list[list[str]]]:
     """The reference's layout: one row a setting, percent with two decimals."""
     name = f"{protocol.name.lower()}-{protocol.name}"
     names = {setting: name if len(tables) == 1 else f"{name} {setting}" for setting in tables}
-    body = [[names[key], *(f"{100 * point.nearest:.2f}" for point in table)] for key, table in tables.items()]
-    return ["Methods", *(str(far) for far in FARS)], body
+    body = [[names[setting], *_percent(point.nearest for point in table)] for setting, table in tables.items()]
+    return ["Methods", *map(str, FARS)], body
 
 
 def strict_table(result: TemplateResult) -> tuple[list[str], list[list[str]]]:
     """Strict TAR and the FAR actually used, beside the FAR that the published table used."""
-    rows = (
-        ("strict TAR (%)", [f"{100 * point.strict:.2f}" for point in result.table]),
-        ("FAR used", [f"{point.strict_far:.3e}" for point in result.table]),
-        ("threshold", [f"{point.threshold:.4f}" for point in result.table]),
-        ("nearest: TAR (%)", [f"{100 * point.nearest:.2f}" for point in result.table]),
-        ("nearest: FAR used", [f"{point.nearest_far:.3e}" for point in result.table]),
-    )
-    return [f"{result.setting}", *(str(far) for far in FARS)], [[name, *values] for name, values in rows]
+    body = [
+        ["strict TAR (%)", *_percent(point.strict for point in result.table)],
+        ["FAR used", *(f"{point.strict_far:.3e}" for point in result.table)],
+        ["threshold", *(f"{point.threshold:.4f}" for point in result.table)],
+        ["nearest: TAR (%)", *_percent(point.nearest for point in result.table)],
+        ["nearest: FAR used", *(f"{point.nearest_far:.3e}" for point in result.table)],
+    ]
+    return [str(result.setting), *map(str, FARS)], body
 
 
 def identification_table(rows: list[Identification]) -> tuple[list[str], list[list[str]]]:
     """One row a gallery, percent."""
-    head = [
-        "Gallery",
-        "Rank-1",
-        "Rank-5",
-        "Rank-10",
-        "TPIR@FPIR=0.01",
-        "TPIR@FPIR=0.1",
-        "reference: FAR=0.01",
-        "FAR=0.1",
-    ]
+    head = ["Gallery", "Rank-1", "Rank-5", "Rank-10"]
+    head += ["TPIR@FPIR=0.01", "TPIR@FPIR=0.1", "reference: FAR=0.01", "FAR=0.1"]
     body = []
     for row in rows:
-        closed = [f"{100 * rate:.2f}" for rate in row.closed.rates] if row.closed else ["-"] * 3
-        tpir = [f"{100 * point.tpir:.2f}" for point in row.open] if row.open else ["-"] * 2
-        recall = [f"{100 * point.recall:.2f}" for point in row.reference] if row.reference else ["-"] * 2
+        closed = _percent(row.closed.rates) if row.closed else ["-"] * 3
+        tpir = _percent(point.tpir for point in row.open) if row.open else ["-"] * 2
+        recall = _percent(point.recall for point in row.reference) if row.reference else ["-"] * 2
         body.append([row.gallery, *closed, *tpir, *recall])
     return head, body

@@ -4,7 +4,7 @@ Legend: N images, D embedding size, T templates, P pairs. A template is a set of
 template that share a media id (frames of one video) are averaged first, then the media are summed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -48,10 +48,8 @@ def pool_templates(
     template_N, media_N = np.asarray(template_N), np.asarray(media_N)
     num_images = len(feature_ND)
     if not num_images or template_N.shape != (num_images,) or media_N.shape != (num_images,):
-        raise UserError(
-            f"{num_images} features, {template_N.shape} template ids and {media_N.shape} media ids; "
-            "there must be at least one image, and one id of each kind an image"
-        )
+        found = f"{num_images} features, {template_N.shape} template ids and {media_N.shape} media ids"
+        raise UserError(f"{found}; there must be at least one image, and one id of each kind an image")
     order_N = _order(template_N, media_N)
     template_sorted, media_sorted = template_N[order_N], media_N[order_N]
     new_template = np.append(True, template_sorted[1:] != template_sorted[:-1])
@@ -72,15 +70,15 @@ def pool_templates(
         sums = sparse.csr_matrix(matrix, shape=(stop - first, end - start)) @ rows
         scale_to_unit(sums, out=feature_TD[first:stop])
 
-    bounds = _blocks(template_start, _ROWS_PER_BLOCK)
-    with ThreadPoolExecutor(threads_of_rank()) as threads:
-        list(threads.map(pool, bounds[:-1], bounds[1:]))
+    # Blocks of whole templates that hold about so many images.
+    cuts = np.searchsorted(template_start, np.arange(0, num_images, _ROWS_PER_BLOCK))
+    bounds = np.unique(np.append(cuts, len(template_T)))
+    _in_threads(pool, bounds[:-1], bounds[1:])
     finite_T = np.isfinite(feature_TD.sum(1))
     if not finite_T.all():
         bad = template_T[~finite_T]
-        raise UserError(
-            f"template {bad[0]} ({len(bad)} of {len(template_T)}) holds NaN or infinity; check its embeddings"
-        )
+        which = f"template {bad[0]} ({len(bad)} of {len(template_T)})"
+        raise UserError(f"{which} holds NaN or infinity; check its embeddings")
     return template_T, feature_TD
 
 
@@ -124,12 +122,6 @@ def _order(template_N: np.ndarray, media_N: np.ndarray) -> np.ndarray:
             key_N = (template_N.astype(np.int64) - low[0]) * num_media + (media_N.astype(np.int64) - low[1])
             return np.sort(key_N * num_images + np.arange(num_images)) % num_images
     return np.lexsort((media_N, template_N))
-
-
-def _blocks(start: np.ndarray, size: int) -> np.ndarray:
-    """Cut runs into blocks of whole runs that hold about ``size`` items: indices of the runs where blocks begin."""
-    cuts = np.searchsorted(start, np.arange(0, start[-1], size))
-    return np.unique(np.append(cuts, len(start) - 1))
 
 
 class _RowFinder:
@@ -223,6 +215,6 @@ def _cells(left_T, right_T, left_P, right_P):
     return cell_P
 
 
-def _in_threads(work: Callable[[int], None], starts: range) -> None:
+def _in_threads(work: Callable[..., None], *arguments: Sequence[int]) -> None:
     with ThreadPoolExecutor(threads_of_rank()) as threads:
-        list(threads.map(work, starts))
+        list(threads.map(work, *arguments))

@@ -28,7 +28,7 @@ from eval.options import (
 )
 from eval.pairs import KNOWN_SETS, SetResult, check_set, load_sets, result_table, set_names, set_warnings, verify
 from eval.protocols import read_pair_list
-from eval.results import load_results, write_pair_results, write_report
+from eval.results import load_results, tell, write_pair_results
 from eval.stream import claimed
 from utils import distributed
 from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
@@ -38,9 +38,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(__doc__)
     add_model_options(parser, "run directory or weights file (.pdparams, .safetensors, .onnx)", required=True)
     parser.add_argument("--data-dir", type=Path, help="folder of <set>.bin files")
-    parser.add_argument(
-        "--target", help=f"comma-separated sets (default: those of {','.join(KNOWN_SETS)} that are there)"
-    )
+    known = f"those of {','.join(KNOWN_SETS)} that are there"
+    parser.add_argument("--target", help=f"comma-separated sets (default: {known})")
     parser.add_argument("--allow-missing", action="store_true", help="go on without targets that are not there")
     parser.add_argument("--image-dir", type=Path, help="images of --pairs, where not in --data-dir")
     parser.add_argument("--pairs", type=Path, help="pair list: LFW's pairs.txt or 'path path label' lines")
@@ -84,10 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         if distributed.get_rank() == 0:
             settings = shown_settings(args, Path(args.model).name, engine=embedder.engine)
             _print(write_pair_results(folder, results, sets, settings), results, args.far)
-            print(f"results in {folder}")
-            if args.report is not None:
-                write_report(args.report, [folder, *args.compare])
-                print(f"report {args.report}")
+            tell(folder, args.report, args.compare)
 
 
 def _print(rows: list[dict], results: dict[str, SetResult], far_target: float) -> None:

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 import eval.distractors as distractors
-from eval.distractors import (
-    identify_among_distractors,
-    load_features,
-    read_megaface_vector,
-    write_megaface_vector,
-)
+from eval.distractors import identify_among_distractors, load_features, read_megaface_vector
 from eval.megaface import main
 from utils.errors import UserError
 
@@ -51,7 +46,7 @@ def test_command_and_files(tmp_path, capsys):
     (tmp_path / "subject.txt").write_text("\n".join(map(str, subject)) + "\n")
     names = []
     for k, row in enumerate(distractor[:50]):
-        write_megaface_vector(tmp_path / f"{k}.bin", row)
+        (tmp_path / f"{k}.bin").write_bytes(np.array([len(row), 1, 4, 5], "<i4").tobytes() + row.tobytes())
         names.append(f"{k}.bin")
     (tmp_path / "list.txt").write_text("\n".join(names) + "\n")
     np.testing.assert_array_equal(load_features(tmp_path / "list.txt"), distractor[:50])
