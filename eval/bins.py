@@ -28,12 +28,12 @@ def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:
     path = os.fspath(path)
     value = load_bin_pickle(path)
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise _unexpected(path, "a pair (images, same)", value)
+        raise UserError(f"{path}: a pair (images, same) was expected, found a {type(value).__name__}")
     images, same = value
     if not isinstance(images, (list, tuple)):
-        raise _unexpected(path, "a list of images", images)
+        raise UserError(f"{path}: a list of images was expected, found a {type(images).__name__}")
     if not isinstance(same, (list, tuple, np.ndarray)) or (isinstance(same, np.ndarray) and same.ndim != 1):
-        raise _unexpected(path, "a list of pair labels", same)
+        raise UserError(f"{path}: a list of pair labels was expected, found a {type(same).__name__}")
     if len(images) != 2 * len(same):
         raise UserError(f"{path}: {len(images)} images for {len(same)} pairs; two images a pair were expected")
     if len(same) == 0:
@@ -49,10 +49,6 @@ def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:
             raise UserError(f"{path}: image {number} is a {type(image).__name__}, encoded bytes were expected")
         encoded.append(image)
     return encoded, np.array([bool(flag == 1) for flag in same])
-
-
-def _unexpected(path: str, wanted: str, found: object) -> UserError:
-    return UserError(f"{path}: {wanted} was expected, found a {type(found).__name__}")
 
 
 def load_bin(path: str | os.PathLike, size: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from eval.pairs import LazySets, check_set, verify
+from eval.bins import load_bin
+from eval.pairs import check_set, verify
 from eval.remarks import set_remarks
 from utils.errors import UserError
 
@@ -35,10 +36,10 @@ class Verification:
         if missing:
             remedy = "put them there, set verify.root, or drop them from verify.sets"
             raise UserError(f"verify.sets: {', '.join(missing)} missing; {remedy}")
-        self.sets, self.batch_size = LazySets(paths, input_size), batch_size
+        self.sets, self.batch_size = paths, batch_size
         warnings = []
         for name, path in paths.items():  # a set that cannot be judged ends the run now, not at the first verification
-            images, same_P = self.sets[name]
+            images, same_P = load_bin(path, (input_size, input_size))
             check_set(str(path), same_P)
             warnings += [f"verify.sets: {name}: {remark}" for remark in set_remarks(images, same_P)]
         self.warnings = tuple(warnings)

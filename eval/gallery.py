@@ -134,15 +134,16 @@ class Gallery:
             result += [self._exactly(query, best, top) for query, best in zip(query_QD[part], best_QG, strict=True)]
         return result
 
-    def _blocks(self) -> Iterable[tuple[int, np.ndarray]]:
-        height = max(1, _BLOCK_BYTES // (4 * self.embedding_RD.shape[1]))
+    def blocks(self, width: int) -> Iterable[tuple[int, np.ndarray]]:
+        """First row and rows [B, D] of one block after the other, so many that ``width`` float32 a row fit."""
+        height = max(1, _BLOCK_BYTES // (4 * width))
         for first in range(0, len(self), height):
             yield first, np.asarray(self.embedding_RD[first : first + height])
             release_pages(self.embedding_RD)
 
     def _best_of_people(self, query_QD: np.ndarray) -> np.ndarray:
         best_QG = np.full((len(query_QD), len(self.names)), -np.inf, np.float32)
-        for first, block_BD in self._blocks():
+        for first, block_BD in self.blocks(self.embedding_RD.shape[1]):
             score_QB = query_QD @ block_BD.T
             person_B = self.person_R[first : first + len(block_BD)]
             start = np.flatnonzero(np.diff(person_B, prepend=-1))
@@ -292,14 +293,12 @@ def measure_strangers(gallery: Gallery, seed: int = 0, show_progress: bool | Non
         begin_P, end_P = (np.searchsorted(gallery.person_R, own_P, side) for side in ("left", "right"))
     best_P = np.full(len(probe_PD), -np.inf, np.float32)
     with progress_bar("threshold", len(gallery), enabled=show_progress) as advance:
-        height = max(1, _BLOCK_BYTES // (4 * len(probe_PD)))
-        for first in range(0, len(gallery), height):
-            score_PB = probe_PD @ np.asarray(gallery.embedding_RD[first : first + height]).T
+        for first, block_BD in gallery.blocks(len(probe_PD)):
+            score_PB = probe_PD @ block_BD.T
             own = np.flatnonzero((begin_P < first + score_PB.shape[1]) & (end_P > first))
             for probe in own.tolist():
                 score_PB[probe, max(0, begin_P[probe] - first) : end_P[probe] - first] = -np.inf
             np.maximum(best_P, score_PB.max(1), out=best_P)
-            release_pages(gallery.embedding_RD)
             advance(score_PB.shape[1])
     return best_P
 

@@ -260,8 +260,8 @@ def _curve(score_P, same_P, fraction):
     kept_K = np.ones(len(fps_K), bool)
     kept_K[1:-1] = (np.diff(fps_K, 2) != 0) | (np.diff(tps_K, 2) != 0)
     kept_K[-1] = complete = len(score_P) == num_pairs
-    rates = fps_K / (num_pairs - num_same), tps_K / num_same
-    return _Curve(*rates, score_K[::-1], np.flatnonzero(kept_K), complete)
+    rates = {"fpr_K": fps_K / (num_pairs - num_same), "tpr_K": tps_K / num_same}
+    return _Curve(**rates, score_K=score_K[::-1], corners=np.flatnonzero(kept_K), complete=complete)
 
 
 def _at_far(far: float, curve: _Curve) -> TarAtFar | None:
@@ -274,10 +274,12 @@ def _at_far(far: float, curve: _Curve) -> TarAtFar | None:
         return None
     within = int(np.searchsorted(curve.fpr_K, far, side="right")) - 1
     nearest = float(curve.tpr_K[curve.corners[best - 1]]) if best else 0.0
-    strict = (0.0, 0.0, float("inf"))
+    # Before the best score nobody is accepted.
+    strict, strict_far, threshold = 0.0, 0.0, float("inf")
     if within >= 0:
-        strict = tuple(float(values[within]) for values in (curve.tpr_K, curve.fpr_K, curve.score_K))
-    return TarAtFar(far, nearest, float(fpr[best]), *strict)
+        strict, strict_far, threshold = (float(x[within]) for x in (curve.tpr_K, curve.fpr_K, curve.score_K))
+    found = {"strict": strict, "strict_far": strict_far, "threshold": threshold}
+    return TarAtFar(far=far, nearest=nearest, nearest_far=float(fpr[best]), **found)
 
 
 def _counts_below(distance_P, same_P, fold_P, num_folds, grid_K):

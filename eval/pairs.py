@@ -41,25 +41,9 @@ class SetResult:
     warnings: tuple[str, ...] = field(default=(), repr=False)
 
 
-class LazySets(Mapping):
-    """name -> (images, same) of ``.bin`` files, decoded on access and not kept: a rank holds one set at a time."""
-
-    def __init__(self, paths: dict[str, Path], size: int):
-        self._paths, self._size = paths, size
-
-    def __getitem__(self, name: str):
-        return load_bin(self._paths[name], (self._size, self._size))
-
-    def __iter__(self):
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-
 def verify(
     model: object,
-    sets: Mapping[str, Pairs],
+    sets: Mapping[str, Pairs | Path],
     batch_size: int = 64,
     num_folds: int = 10,
     far_target: float = 1e-3,
@@ -72,16 +56,18 @@ def verify(
 
     Args:
         model: an ``Embedder``, or a Paddle layer (its train/eval mode is kept).
-        sets: name -> (images, same); images of another size are resized to the network's input.
+        sets: name -> (images, same), or a ``.bin`` file, which is read when its turn comes and not kept. Images of
+            another size are resized to the network's input.
 
     Raises:
         UserError: a set that cannot be judged, named, on every rank.
     """
     embedder = load_embedder(model, batch_size=batch_size) if isinstance(model, paddle.nn.Layer) else model
     results = {}
-    for name in sets:
+    for name, given in sets.items():
         with distributed.together():
-            image_NHWC, same_P = sets[name]
+            size = (embedder.input_size, embedder.input_size)
+            image_NHWC, same_P = load_bin(given, size) if isinstance(given, Path) else given
             check_set(name, same_P)
         embedding_N2D = _embed(embedder, image_NHWC, batch_size, name, show_progress)
         warnings = set_remarks(image_NHWC, same_P, num_folds, far_target)
@@ -180,12 +166,15 @@ def _judge(name, embedding_N2D, same_P, num_folds, far_target, warnings):
     total_ND = both.sum(1)
     distance_P = pair_distances(total_ND)
     warnings = (*warnings, *norm_remarks(row_norms(total_ND)), *score_remarks(1 - distance_P / 2))
-    metrics, no_flip = (
-        distance_metrics(distances, same_P, num_folds, far_target)
-        for distances in (distance_P, pair_distances(both[:, 0]))
+    return SetResult(
+        name=name,
+        metrics=distance_metrics(distance_P, same_P, num_folds, far_target),
+        no_flip=distance_metrics(pair_distances(both[:, 0]), same_P, num_folds, far_target),
+        xnorm=float(np.sqrt(np.square(both).sum(2)).mean()),
+        distance_P=distance_P,
+        same_P=np.asarray(same_P).astype(bool),
+        warnings=warnings,
     )
-    xnorm = float(np.sqrt(np.square(both).sum(2)).mean())
-    return SetResult(name, metrics, no_flip, xnorm, distance_P, np.asarray(same_P).astype(bool), warnings)
 
 
 def _resized(image_NHWC: np.ndarray, size: int) -> np.ndarray:

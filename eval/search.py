@@ -60,10 +60,14 @@ def search(
             raise UserError(f"{what}: row {int(np.flatnonzero(~np.isfinite(feature).all(1))[0])} holds NaN or infinity")
     if gallery_GD.shape[1] != probe_QD.shape[1]:
         raise UserError(f"gallery features have size {gallery_GD.shape[1]}, probe features {probe_QD.shape[1]}")
-    gallery_GD, subject_S, starts_S = _group_by_subject(gallery_GD, gallery_subject_G)
+    # Columns are subjects in order of first appearance; the templates of one stand side by side.
+    column_of = {subject: column for column, subject in enumerate(dict.fromkeys(gallery_subject_G.tolist()))}
+    column_G = np.array([column_of[subject] for subject in gallery_subject_G.tolist()])
+    mate_Q = np.array([column_of.get(subject, -1) for subject in probe_subject_Q.tolist()])
+    gallery_GD = gallery_GD[np.argsort(column_G, kind="stable")]
+    starts_S = np.append(0, np.cumsum(np.bincount(column_G))[:-1])
     exact = _Exact(gallery_GD, starts_S, probe_QD)
     error = _largest_error(gallery_GD, probe_QD)
-    mate_Q = _columns(subject_S, probe_subject_Q)
     num_probes = len(probe_QD)
     mate_score_Q, best_score_Q = np.full(num_probes, np.nan), np.full(num_probes, -np.inf)
     mate_rank_Q = np.zeros(num_probes, np.int64)
@@ -107,7 +111,7 @@ def search(
             firsts = start + np.cumsum([0, *(len(part) for part in parts[:-1])])
             for found in list(threads.map(judge, parts, firsts)):
                 impostors.add(*found)
-    return Search(mate_score_Q, mate_rank_Q, best_score_Q, len(subject_S), impostors.exactly(exact))
+    return Search(mate_score_Q, mate_rank_Q, best_score_Q, len(column_of), impostors.exactly(exact))
 
 
 class _Exact:
@@ -176,21 +180,3 @@ def _largest_error(gallery_GD: np.ndarray, probe_QD: np.ndarray) -> float:
     if product and not 1e-12 < product < 1e12:
         raise UserError(f"the longest features measure {lengths[0]:g} and {lengths[1]:g}; normalise them to 1")
     return (gallery_GD.shape[1] + 8) * 2.0**-24 * product
-
-
-def _group_by_subject(gallery_GD, gallery_subject_G):
-    """Gallery rows with each subject's together, subjects in order of first appearance; first row of each."""
-    subject_S, first_S, inverse_G = np.unique(gallery_subject_G, return_index=True, return_inverse=True)
-    place_S = np.empty(len(subject_S), np.int64)
-    appearance = np.argsort(first_S)
-    place_S[appearance] = np.arange(len(subject_S))
-    order_G = np.argsort(place_S[inverse_G], kind="stable")
-    starts_S = np.append(0, np.cumsum(np.bincount(place_S[inverse_G]))[:-1])
-    return gallery_GD[order_G], subject_S[appearance], starts_S
-
-
-def _columns(subject_S, probe_subject_Q):
-    """Column of each probe's subject, -1 where the gallery lacks it."""
-    order = np.argsort(subject_S)
-    place = np.minimum(np.searchsorted(subject_S[order], probe_subject_Q), len(subject_S) - 1)
-    return np.where(subject_S[order][place] == probe_subject_Q, order[place], -1)

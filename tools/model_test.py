@@ -17,17 +17,7 @@ from prettytable import PrettyTable
 from eval.bins import read_bin
 from eval.embed import load_embedder
 from eval.options import add_device_option, add_engine_options, print_warnings
-from eval.pairs import (
-    KNOWN_SETS,
-    LazySets,
-    check_set,
-    find_sets,
-    result_row,
-    result_table,
-    set_names,
-    set_warnings,
-    verify,
-)
+from eval.pairs import KNOWN_SETS, check_set, find_sets, result_row, result_table, set_names, set_warnings, verify
 from utils import distributed
 from utils.errors import POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import write_text
@@ -75,9 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.together():
         paths = choose_sets(args.data, set_names(args.target))
         embedder = load_embedder(args.weights, args.network, args.engine, args.batch_size, precision=args.precision)
-    results = verify(
-        embedder, LazySets(paths, embedder.input_size), args.batch_size, far_target=FAR, show_progress=True
-    )
+    results = verify(embedder, paths, args.batch_size, far_target=FAR, show_progress=True)
     if distributed.get_rank() != 0:
         return
     head, body = result_table([result_row(result) for result in results.values()], FAR)

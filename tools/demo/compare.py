@@ -12,6 +12,7 @@ import numpy as np
 
 from eval.bins import load_bin
 from eval.metrics import tar_at_far, verification_metrics
+from eval.protocols import read_ijb
 from eval.templates import pool_templates, score_pairs
 from tools.demo.baselines import all_pairs, balanced_accuracy, cosine_scores
 from tools.demo.data import IJB_NAME, Faces
@@ -53,16 +54,9 @@ def compare(name: str, embed: Embed, unseen: Faces, data: Path) -> Comparison:
 
 def template_figures(embed: Embed, folder: Path) -> list[dict]:
     """TAR at the FARs that 720 impostor template pairs can resolve (norm kept, no detector score)."""
-    meta = folder / "meta"
-    rows = [line.split() for line in (meta / f"{IJB_NAME}_face_tid_mid.txt").read_text().splitlines()]
-    landmark_of = {
-        parts[0]: np.array(parts[1:11], dtype=np.float64).reshape(5, 2)
-        for parts in map(str.split, (meta / f"{IJB_NAME}_name_5pts_score.txt").read_text().splitlines())
-    }
-    crops = [cv2.imread(str(folder / "loose_crop" / name), cv2.IMREAD_GRAYSCALE) for name, _, _ in rows]
-    aligned = np.stack([align_face(crop, landmark_of[name]) for crop, (name, _, _) in zip(crops, rows, strict=True)])
-    template_N, media_N = (np.array([int(row[column]) for row in rows]) for column in (1, 2))
-    template_T, feature_TD = pool_templates(embed(aligned), template_N, media_N)
-    pairs = np.loadtxt(meta / f"{IJB_NAME}_template_pair_label.txt", dtype=np.int64)
-    score_P = score_pairs(template_T, feature_TD, pairs[:, 0], pairs[:, 1])
-    return [asdict(point) for point in tar_at_far(score_P, pairs[:, 2].astype(bool), FARS)]
+    protocol = read_ijb(folder, IJB_NAME)
+    crops = [cv2.imread(str(folder / "loose_crop" / name), cv2.IMREAD_GRAYSCALE) for name in protocol.image_N]
+    aligned = np.stack([align_face(crop, points) for crop, points in zip(crops, protocol.landmark_N52, strict=True)])
+    template_T, feature_TD = pool_templates(embed(aligned), protocol.template_N, protocol.media_N)
+    score_P = score_pairs(template_T, feature_TD, protocol.left_P, protocol.right_P)
+    return [asdict(point) for point in tar_at_far(score_P, protocol.same_P, FARS)]
