@@ -15,11 +15,9 @@ from eval.gallery import Gallery, Match
 from utils.errors import UserError
 from utils.files import write_json, written_whole
 from utils.progress import progress_bar
-from utils.system import release_pages
 
 _WANTED_RECALL = 0.99
 _PROBES = 200  # photos that recall is measured on
-_ROWS_PER_BLOCK = 1 << 16
 _CANDIDATES = 128
 
 
@@ -34,7 +32,6 @@ def load_faiss():
 
 
 def index_path(gallery: Path) -> Path:
-    """Where a gallery's index stands."""
     return gallery.with_name(gallery.name + ".faiss")
 
 
@@ -54,11 +51,9 @@ def build_index(gallery: Gallery, seed: int = 0, show_progress: bool | None = No
     index = faiss.index_factory(size, f"IVF{num_lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     index.train(np.ascontiguousarray(gallery.embedding_RD[chosen]))
     with progress_bar("index", count, enabled=show_progress) as advance:
-        for first in range(0, count, _ROWS_PER_BLOCK):
-            block = np.ascontiguousarray(gallery.embedding_RD[first : first + _ROWS_PER_BLOCK])
-            index.add(block)
-            release_pages(gallery.embedding_RD)
-            advance(len(block))
+        for _, block_BD in gallery.blocks(size):
+            index.add(block_BD)
+            advance(len(block_BD))
     probe_R = np.sort(rng.permutation(count)[:_PROBES])
     exact_QK = _nearest_rows(gallery, probe_R, min(10, count - 1))
     probed, recalls = 1, (1.0, 1.0)
@@ -84,24 +79,19 @@ def _nearest_rows(gallery: Gallery, probe_R: np.ndarray, count: int) -> np.ndarr
     query_QD = np.asarray(gallery.embedding_RD[probe_R])
     score_QK = np.full((len(probe_R), count), -np.inf, np.float32)
     row_QK = np.zeros((len(probe_R), count), np.int64)
-    for first in range(0, len(gallery), _ROWS_PER_BLOCK):
-        score = query_QD @ np.asarray(gallery.embedding_RD[first : first + _ROWS_PER_BLOCK]).T
-        inside = np.flatnonzero((probe_R >= first) & (probe_R < first + score.shape[1]))
-        score[inside, probe_R[inside] - first] = -np.inf
-        score_QB = np.concatenate([score_QK, score], 1)
-        row_B = np.arange(first, first + score.shape[1])
-        row_QB = np.concatenate([row_QK, np.broadcast_to(row_B, score.shape)], 1)
+    for first, block_BD in gallery.blocks(len(probe_R)):
+        score_QB = query_QD @ block_BD.T
+        inside = np.flatnonzero((probe_R >= first) & (probe_R < first + len(block_BD)))
+        score_QB[inside, probe_R[inside] - first] = -np.inf
+        row_QB = np.broadcast_to(np.arange(first, first + len(block_BD)), score_QB.shape)
+        score_QB, row_QB = np.concatenate([score_QK, score_QB], 1), np.concatenate([row_QK, row_QB], 1)
         best = np.argsort(-score_QB, axis=1, kind="stable")[:, :count]
         score_QK, row_QK = np.take_along_axis(score_QB, best, 1), np.take_along_axis(row_QB, best, 1)
-        release_pages(gallery.embedding_RD)
     return row_QK
 
 
 class ApproximateSearch:
-    """``search`` as ``Gallery`` has it, by the index.
-
-    Attributes:
-        about: what was measured when it was built.
+    """``search`` as ``Gallery`` has it, by the index; ``about`` is what was measured when it was built.
 
     Raises:
         UserError: no index, or one of another state of the gallery; faiss is missing.

@@ -16,10 +16,7 @@ from utils.weights.safe_pickle import load_bin_pickle
 
 
 def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:
-    """Encoded images and labels of a ``.bin`` file, not decoded.
-
-    Returns:
-        (2P encoded images, same_P bool).
+    """(2P encoded images, same_P bool) of a ``.bin`` file, not decoded.
 
     Raises:
         OSError: the file cannot be read.
@@ -52,14 +49,7 @@ def read_bin(path: str | os.PathLike) -> tuple[list[bytes], np.ndarray]:
 
 
 def load_bin(path: str | os.PathLike, size: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Decode a verification set.
-
-    Args:
-        path: the ``.bin`` file.
-        size: (height, width) to resize every image to; None wants all of one size.
-
-    Returns:
-        (images uint8 [2P, H, W, 3] RGB, same_P bool).
+    """(images uint8 [2P, H, W, 3] RGB, same_P bool), each image brought to ``size`` (height, width) if it is given.
 
     Raises:
         OSError: the file cannot be read.
@@ -86,11 +76,6 @@ def load_bin(path: str | os.PathLike, size: tuple[int, int] | None = None) -> tu
 
 def save_bin(path: str | os.PathLike, encoded: Sequence[bytes], same: Sequence[bool]) -> None:
     """Write a ``.bin`` set in the common layout, a pickle (protocol 4, as Python writes since 3.8), in one piece.
-
-    Args:
-        path: where to.
-        encoded: 2P encoded images; 2i and 2i+1 are pair i.
-        same: P flags.
 
     Raises:
         UserError: two images a pair are not what was given.

@@ -14,11 +14,7 @@ class Verification:
     Args:
         root: folder of the sets.
         names: ``<root>/<name>``, with or without ``.bin``, or paths of ``.bin`` files.
-        batch_size: images at a time.
         input_size: height and width of the network's input, which all images are brought to.
-
-    Attributes:
-        warnings: what makes the figures of these sets mean less than they seem to, a line each.
 
     Raises:
         UserError: a set is missing (all that are missing are named), is no pair set, or has one pair.
@@ -42,7 +38,7 @@ class Verification:
             images, same_P = load_bin(path, (input_size, input_size))
             check_set(str(path), same_P)
             warnings += [f"verify.sets: {name}: {remark}" for remark in set_remarks(images, same_P)]
-        self.warnings = tuple(warnings)
+        self.warnings = tuple(warnings)  # what makes the figures of these sets mean less than they seem to, a line each
 
     def __call__(self, backbone) -> dict[str, dict[str, float]]:
         """Figures by set, the same on all ranks. All ranks call it; every part of the backbone keeps its mode."""

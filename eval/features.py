@@ -27,13 +27,10 @@ CHUNK = 512  # images between two savings; a cache goes on at any batch size
 
 @dataclass(frozen=True)
 class Features:
-    """Features of all images of a protocol. ``num_outside``: images with a landmark outside of the picture.
-
-    It is None where nobody counted: features that came from elsewhere.
-    """
+    """Features of all images of a protocol."""
 
     feature_N2D: np.ndarray
-    num_outside: int | None
+    num_outside: int | None  # images with a landmark outside of the picture; None: features from elsewhere
 
 
 def weights_digest(model: str, which: str = "last", precision: str = "fp32") -> str:

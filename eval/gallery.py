@@ -38,23 +38,14 @@ _DTYPES = {"embedding": "<f4", "person": "<i4", "pixels": "<u8", "stranger": "<f
 
 @dataclass(frozen=True)
 class About:
-    """What a gallery was made with.
+    """What a gallery was made with."""
 
-    Attributes:
-        model: path of the model, for the next call.
-        identity: digest of its weights; embeddings of other weights cannot be compared.
-        alignment: how faces are brought to crops.
-        detector: name or file of the face detector; None: the photos were aligned crops.
-        strangers: who the threshold was measured on.
-        id: of this very file, so that an index of another state is not used.
-    """
-
-    model: str
-    identity: str
-    alignment: str = "arcface"
-    detector: str | None = None
-    strangers: str = ""
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    model: str  # path, for the next call
+    identity: str  # digest of the weights: embeddings of other ones cannot be compared
+    alignment: str = "arcface"  # how faces are brought to crops
+    detector: str | None = None  # name or file; None: the photos were aligned crops
+    strangers: str = ""  # who the threshold was measured on
+    id: str = field(default_factory=lambda: secrets.token_hex(8))  # of this very file: an index belongs to one state
 
 
 @dataclass(frozen=True)
@@ -79,13 +70,7 @@ class Threshold:
 
 
 class Gallery:
-    """A gallery file, mapped.
-
-    Attributes:
-        path: the file.
-        about: what it was made with.
-        names: [G].
-        embedding_RD, person_R, pixels_R, stranger_ID, impostor_P: memory maps.
+    """A gallery file, mapped: ``names`` [G] are in memory, the arrays (``embedding_RD``, ``person_R``, ...) on disk.
 
     Raises:
         UserError: not a gallery, or a damaged one.
@@ -118,13 +103,9 @@ class Gallery:
         return len(self.embedding_RD)
 
     def search(self, query_QD: np.ndarray, top: int = 5) -> list[list[Match]]:
-        """The ``top`` people of each query, the best first (equal cosines in the order of enrolment); exact.
+        """The ``top`` people of each query (or all), the best first (equal cosines in the order of enrolment).
 
-        Args:
-            query_QD: unit rows.
-            top: people wanted; fewer come from a smaller gallery.
-
-        Blocks are multiplied in float32; what is too close to call, in float64.
+        Exact: blocks are multiplied in float32; what is too close to call, in float64. ``query_QD``: unit rows.
         """
         query_QD = np.asarray(query_QD, np.float64)
         result, narrow = [], query_QD.astype(np.float32)
@@ -174,9 +155,6 @@ class Gallery:
         return Threshold(value, float(np.mean(self.impostor_P > value)), count)
 
 
-# --- the file
-
-
 def _damaged(path: Path, reason: object) -> UserError:
     return UserError(f"{path}: a damaged gallery ({reason}); enrol again or restore a copy")
 
@@ -201,7 +179,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], About]:
             tensors[name] = np.memmap(path, dtype, "r", place, tuple(shape)) if whole else np.empty(shape, dtype)
         about = json.loads(header["__metadata__"]["gallery"])
         told = {name: about[name] for name in ("model", "identity", "alignment", "detector", "strangers", "id")}
-        if about["format"] != FORMAT or not all(isinstance(text, str) for text in told.values() if text is not None):
+        texts = [value for name, value in told.items() if (name, value) != ("detector", None)]
+        if about["format"] != FORMAT or not all(isinstance(text, str) for text in texts):
             raise ValueError("its header does not say what it was made with")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from None
@@ -222,15 +201,12 @@ def write_gallery(
     """Write a gallery whole, its threshold measured; what was at ``path`` is replaced when all is there.
 
     Args:
-        path: the file.
-        about: what it is made with.
         names: [G]; each must have a row.
         person_R: index into ``names``, in any order.
         pixels_R: digests of the photos.
         rows: positions [n] -> unit rows float32 [n, D]; called block by block.
         stranger_ID: unit rows of people who are not in the gallery; [0, D] where there are none.
         seed: of the sample that the threshold is measured on.
-        show_progress: a line with rate and time left on stderr.
     """
     order_R = np.argsort(person_R, kind="stable")
     count, size, probes = len(order_R), stranger_ID.shape[1], len(stranger_ID)
@@ -304,11 +280,7 @@ def measure_strangers(gallery: Gallery, seed: int = 0, show_progress: bool | Non
 
 
 def unit_float32(raw_nD: np.ndarray, name_of: Callable[[int], str]) -> np.ndarray:
-    """Embeddings divided by their length, float32 [n, D].
-
-    Raises:
-        UserError: one is zero or not finite (``name_of`` its position).
-    """
+    """Embeddings divided by their length, float32 [n, D]; ``UserError`` if one (named) is zero or not finite."""
     raw_nD = np.asarray(raw_nD, np.float64)
     norm_n = row_norms(raw_nD)
     bad = ~(np.isfinite(norm_n) & (norm_n > 0))

@@ -55,22 +55,14 @@ class VerificationMetrics:
 
 @dataclass(frozen=True)
 class TarAtFar:
-    """TAR at one FAR, all fractions.
+    """TAR at one FAR, all fractions."""
 
-    Attributes:
-        far: the rate asked for.
-        nearest, nearest_far: TAR and FAR of the curve point nearest in FAR, as published tables have it (it may
-            lie above ``far``).
-        strict, strict_far: TAR and FAR of the lowest threshold whose FAR does not exceed ``far``.
-        threshold: that threshold: a score at or above it is accepted; +inf where even the best score is an impostor's.
-    """
-
-    far: float
-    nearest: float
-    nearest_far: float
-    strict: float
-    strict_far: float
-    threshold: float
+    far: float  # asked for
+    nearest: float  # TAR of the curve point nearest in FAR, as published tables have it
+    nearest_far: float  # FAR of that point; it may lie above ``far``
+    strict: float  # TAR of the lowest threshold whose FAR does not exceed ``far``
+    strict_far: float  # FAR of that threshold
+    threshold: float  # a score at or above it is accepted; +inf where even the best score is an impostor's
 
 
 def pair_distances(embedding_ND: np.ndarray) -> np.ndarray:
@@ -231,12 +223,12 @@ def count_kinds(same_P: np.ndarray, where: str = "") -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Curve:
-    """Rates at each distinct score, best first, and the indices of the points that published tables may use."""
+    """Rates at each distinct score, best first."""
 
     fpr_K: np.ndarray
     tpr_K: np.ndarray
     score_K: np.ndarray
-    corners: np.ndarray
+    corners: np.ndarray  # indices of the points that published tables may use
     complete: bool
 
 

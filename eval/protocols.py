@@ -119,9 +119,6 @@ def read_csv_protocol(folder: Path) -> TemplateProtocol:
             path, ((template_of(path, line, row["template"]), row["subject"]) for line, row in rows)
         )
 
-    def number(line: int, row: dict[str, str], column: str) -> float:
-        return _number(images_path, line, column, row.get(column))
-
     pairs = []
     for line, row in _csv_rows(pairs_path, ("left", "right", "same")):
         if row["same"] not in _LABELS:
@@ -132,14 +129,16 @@ def read_csv_protocol(folder: Path) -> TemplateProtocol:
     same_P = pair_P3[:, 2].astype(bool)
     count_kinds(same_P, f"{pairs_path}: ")
     has_points = bool(rows) and points[0] in rows[0][1]
-    landmark_N10 = [[number(line, row, point) for point in points] for line, row in rows] if has_points else None
+    landmark_N10 = (
+        [[_number(images_path, line, p, row.get(p)) for p in points] for line, row in rows] if has_points else None
+    )
     return TemplateProtocol(
         name=folder.resolve().name,
         image_dir=folder,
         image_N=[row["path"] for _, row in rows],
         template_N=np.array([templates[row["template"]] for _, row in rows]),
         media_N=np.array([media[row["media"]] for _, row in rows]),
-        score_N=np.array([number(line, row, "score") if row.get("score") else 1.0 for line, row in rows]),
+        score_N=np.array([_number(images_path, line, "score", row.get("score") or 1.0) for line, row in rows]),
         landmark_N52=np.array(landmark_N10).reshape(-1, 5, 2) if has_points else None,
         left_P=pair_P3[:, 0],
         right_P=pair_P3[:, 1],

@@ -42,7 +42,15 @@ def set_remarks(image_NHWC: np.ndarray, same_P: np.ndarray, num_folds: int = 10,
                 )
         most = int((num_different_F.sum() - num_different_F).max())
         remarks += far_remarks([far_target], most, "of all folds but one")
-    return remarks + _image_remarks(image_NHWC, same_P)
+    number: dict[int, int] = {}  # pixels -> which distinct image
+    distinct_N = np.array([number.setdefault(hash(image.tobytes()), len(number)) for image in image_NHWC])
+    left_P, right_P = distinct_N[0::2], distinct_N[1::2]
+    itself = np.flatnonzero(left_P == right_P)
+    if len(itself):
+        different = int(np.count_nonzero(~same_P[itself]))
+        called = f", {different} of them called different people" if different else ""
+        remarks.append(f"{len(itself)} pairs hold the same image on both sides (the first is pair {itself[0]}){called}")
+    return remarks + _repeats(left_P, right_P, same_P)
 
 
 def score_remarks(score_P: np.ndarray, what: str = "pairs") -> list[str]:
@@ -115,20 +123,6 @@ def distractor_remarks(
         remarks.append(f"{names} distractors were asked for, there are {num_distractors:,}: the figures stop there")
     remarks += far_remarks(fars, result.num_impostor)
     return remarks + score_remarks(np.array(result.score_range), "genuine and impostor pairs")
-
-
-def _image_remarks(image_NHWC: np.ndarray, same_P: np.ndarray) -> list[str]:
-    """About pairs of one image with itself and pairs that are listed again, told by the pixels."""
-    number: dict[int, int] = {}  # pixels -> which distinct image
-    distinct_N = np.array([number.setdefault(hash(image.tobytes()), len(number)) for image in image_NHWC])
-    left_P, right_P = distinct_N[0::2], distinct_N[1::2]
-    itself = np.flatnonzero(left_P == right_P)
-    remarks = []
-    if len(itself):
-        different = int(np.count_nonzero(~same_P[itself]))
-        called = f", {different} of them called different people" if different else ""
-        remarks.append(f"{len(itself)} pairs hold the same image on both sides (the first is pair {itself[0]}){called}")
-    return remarks + _repeats(left_P, right_P, same_P)
 
 
 def _repeats(left_P: np.ndarray, right_P: np.ndarray, same_P: np.ndarray) -> list[str]:

@@ -33,8 +33,8 @@ def pool_templates(
     Args:
         feature_ND: embeddings, any float dtype (a memory map is read block by block), in any order. With a
             ``transform`` any array whose first axis is the image.
-        template_N: template id of each image, integers or text; ids may be sparse and unordered.
-        media_N: media id of each image; the same id in two templates means two media.
+        template_N: integers or text, sparse and unordered as they come.
+        media_N: the same id in two templates means two media.
         transform: ``(rows, index of the rows) -> [n, D] float64``: what turns stored rows into features.
 
     Returns:

@@ -38,7 +38,6 @@ def write(path, rows, person, strangers=None, names=None, **about):
 def small_blocks(monkeypatch):
     """Several blocks, cut inside people."""
     monkeypatch.setattr(gallery, "_BLOCK_BYTES", 4 * SIZE * 37)
-    monkeypatch.setattr(approximate, "_ROWS_PER_BLOCK", 53)
 
 
 def test_the_file_is_safetensors(tmp_path, people, small_blocks):
