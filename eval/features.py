@@ -54,10 +54,8 @@ def protocol_features(
     on stderr, in one line.
 
     Args:
-        protocol: images, landmarks.
         load: makes the embedder; called only if something is left to embed. None: everything must be in ``path``.
         model: digest of the weights; None accepts those the file was made with.
-        path: the cache.
         num_threads: threads that read and align; None: one a core.
         replace: a cache of other images, files or weights is made anew (logged) instead of being an error.
 
@@ -96,13 +94,8 @@ def protocol_features(
     return Features(_open(path, len(images)), record.get("flagged"))
 
 
-def aligned_image(protocol: TemplateProtocol, index: int, size: int) -> np.ndarray:
-    """Image ``index`` as the network sees it: RGB uint8 [size, size, 3]."""
-    return read_aligned(protocol, index, size)[0]
-
-
 def read_aligned(protocol: TemplateProtocol, index: int, size: int) -> tuple[np.ndarray, bool]:
-    """``aligned_image``, and whether one of its landmarks lies outside of the picture."""
+    """Image ``index`` as the network sees it, RGB uint8 [size, size, 3], and whether a landmark lies outside of it."""
     path = protocol.image_dir / protocol.image_N[index]
     if protocol.landmark_N52 is None:
         return read_image(path, size), False

@@ -26,19 +26,15 @@ Pairs = tuple[np.ndarray, np.ndarray]  # images uint8 [2P, H, W, 3] RGB, same bo
 
 @dataclass(frozen=True)
 class SetResult:
-    """One set. ``metrics`` is with flip (embedding plus that of the mirror image); ``no_flip`` is without.
-
-    ``xnorm`` is the mean norm of the raw embeddings over both passes; ``distance_P`` are squared L2 distances;
-    ``warnings`` say what makes the figures mean less than they seem to.
-    """
+    """One set."""
 
     name: str
-    metrics: VerificationMetrics
+    metrics: VerificationMetrics  # with flip: embedding plus that of the mirror image
     no_flip: VerificationMetrics
-    xnorm: float
-    distance_P: np.ndarray = field(repr=False, compare=False)
+    xnorm: float  # mean norm of the raw embeddings over both passes
+    distance_P: np.ndarray = field(repr=False, compare=False)  # squared L2
     same_P: np.ndarray = field(repr=False, compare=False)
-    warnings: tuple[str, ...] = field(default=(), repr=False)
+    warnings: tuple[str, ...] = field(default=(), repr=False)  # what makes the figures mean less than they seem to
 
 
 def verify(
@@ -79,11 +75,7 @@ def verify(
 
 
 def check_set(name: str, same_P: np.ndarray) -> None:
-    """Refuse a set before anything is embedded that could not be judged afterwards.
-
-    Raises:
-        UserError: it has one pair, which no fold can be judged by.
-    """
+    """Refuse a set before anything is embedded: ``UserError`` for one pair, which no fold can be judged by."""
     if len(same_P) < 2:
         raise UserError(f"{name}: {len(same_P)} pair in it; folds need at least two, one to choose the threshold on")
 
@@ -94,11 +86,7 @@ def set_names(text: str) -> list[str]:
 
 
 def find_sets(data_dir: Path, targets: Sequence[str], flag: str = "--data-dir") -> dict[str, Path]:
-    """``<data_dir>/<name>.bin`` of each target that is there, by name.
-
-    Raises:
-        UserError: no such folder.
-    """
+    """``<data_dir>/<name>.bin`` of each target that is there, by name; ``UserError`` where there is no such folder."""
     if not Path(data_dir).is_dir():
         raise UserError(f"{data_dir}: no such folder; {flag} must hold the .bin sets")
     paths = {name: Path(data_dir) / f"{name}.bin" for name in targets}
@@ -108,9 +96,7 @@ def find_sets(data_dir: Path, targets: Sequence[str], flag: str = "--data-dir") 
 def load_sets(
     data_dir: Path, targets: list[str] | None = None, allow_missing: bool = False, size: int = 112
 ) -> dict[str, Pairs]:
-    """``<data_dir>/<name>.bin`` of each target, images brought to ``size`` x ``size``.
-
-    Without targets, whichever of the known sets are there.
+    """``<data_dir>/<name>.bin`` of each target, else of the known sets that are there; images ``size`` x ``size``.
 
     Raises:
         UserError: sets that were asked for are missing (all are named), there is none at all, or one cannot be judged.

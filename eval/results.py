@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.distractors import DistractorResult
-from eval.features import aligned_image
+from eval.features import read_aligned
 from eval.metrics import roc_at
 from eval.pages import Page
 from eval.pairs import Pairs, SetResult, result_row, result_table, set_warnings
@@ -157,7 +157,7 @@ def _worst_templates(protocol: TemplateProtocol, result: TemplateResult, count: 
         if not all((protocol.image_dir / protocol.image_N[first[template]]).is_file() for template in ids):
             return None
         kind = "same" if protocol.same_P[pair] else "different"
-        images = [aligned_image(protocol, first[template], 112) for template in ids]
+        images = [read_aligned(protocol, first[template], 112)[0] for template in ids]
         cells.append((*images, f"{ids[0]}, {ids[1]}: {kind}, {result.score_P[pair]:.2f}"))
     return cells
 

@@ -23,16 +23,13 @@ _LOWEST = np.finfo(np.float32).min
 
 @dataclass(frozen=True)
 class Search:
-    """All a probe's search leaves behind, [Q]: its mate's score and rank (NaN and 0 without a mate), the best score.
+    """All a probe's search leaves behind."""
 
-    ``impostor_K``: the highest scores of a probe against subjects other than its own, descending, as many as asked for.
-    """
-
-    mate_score_Q: np.ndarray
-    mate_rank_Q: np.ndarray
+    mate_score_Q: np.ndarray  # NaN without a mate
+    mate_rank_Q: np.ndarray  # 0 without a mate
     best_score_Q: np.ndarray
     num_subjects: int
-    impostor_K: np.ndarray
+    impostor_K: np.ndarray  # the highest scores against subjects other than the probe's own, descending
 
     @property
     def mated_Q(self) -> np.ndarray:

@@ -44,8 +44,7 @@ def pool_templates(
     Raises:
         UserError: lengths differ, there is no image, or a template is not finite (its id is named).
     """
-    feature_ND = feature_ND if isinstance(feature_ND, np.ndarray) else np.asarray(feature_ND)
-    template_N, media_N = np.asarray(template_N), np.asarray(media_N)
+    feature_ND, template_N, media_N = np.asanyarray(feature_ND), np.asarray(template_N), np.asarray(media_N)
     num_images = len(feature_ND)
     if not num_images or template_N.shape != (num_images,) or media_N.shape != (num_images,):
         found = f"{num_images} features, {template_N.shape} template ids and {media_N.shape} media ids"

@@ -15,7 +15,7 @@ import numpy as np
 
 from eval.bins import read_bin
 from eval.embed import Embedder
-from eval.features import aligned_image
+from eval.features import read_aligned
 from eval.protocols import read_ijb
 from eval.stream import digest, embed_to_file
 from tools.clean.analysis import Findings
@@ -111,7 +111,7 @@ def _open_ijb(path: Path, name: str) -> TestSet:
     person_M = joined(len(template_T), left, right)[template_M]
     names = [[image] for image in protocol.image_N]
     stamp = _stamp(path, sorted((path / "meta").iterdir()))
-    return TestSet(name, lambda i, size: aligned_image(protocol, i, size), names, person_M, stamp)
+    return TestSet(name, lambda i, size: read_aligned(protocol, i, size)[0], names, person_M, stamp)
 
 
 def _open_records(path: Path, name: str) -> TestSet:
