@@ -20,7 +20,6 @@ meanings, so here the word only ever means "keep"):
 import argparse
 import sys
 import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
-from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -93,8 +92,12 @@ def main(argv: list[str] | None = None) -> None:
         images = f"{len(protocol.image_N):,} images, {len(np.unique(protocol.template_N)):,} templates"
         pairs = f"{len(protocol.same_P):,} pairs ({int(protocol.same_P.sum()):,} genuine)"
         print(f"{protocol.name}: {images}, {pairs}", flush=True)
-    options = {"which": args.which, "precision": args.precision}
-    load = partial(load_embedder, args.model, args.network, args.engine, args.batch_size, **options)
+
+    def load():
+        return load_embedder(
+            args.model, args.network, args.engine, args.batch_size, which=args.which, precision=args.precision
+        )
+
     source = args.model or args.features
     folder = args.result_dir or default_result_dir(source, f"ijb/{protocol.name}")
     with claimed(folder, "name another --result-dir"):
