@@ -63,9 +63,10 @@ def run(
         packages: whose versions the figures depend on.
         child: called with the words behind ``--child``.
     """
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    if child is not None:
+        parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = read_options(parser, argv)
-    if args.child:
+    if child is not None and args.child:
         child(*args.child)
         return []
     cases = measure(args)
