@@ -45,13 +45,10 @@ _host_group: dist.communication.group.Group | None = None  # gloo beside the dev
 
 
 def init(device: str = "cpu") -> str:
-    """Join the process group if the launcher started several processes; select the device.
+    """Select the device (returned is its type); join the process group if the launcher started several processes.
 
     Args:
         device: a type that ``utils.system.pick_device`` knows, or ``auto``. Its index is taken from the launcher.
-
-    Returns:
-        The device type selected.
 
     Raises:
         UserError: Paddle has no such device here, or no machine code for it.

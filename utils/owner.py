@@ -62,8 +62,7 @@ class Owner(contextlib.AbstractContextManager):
     def __init__(self, path: Path, mine: Claim, made_folder: bool):
         self.path, self.folder, self.claim, self._made_folder = path, path.parent, mine, made_folder
         self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._beat, name="owner", daemon=True).start()
         _held.add(self)
         atexit.register(self.release)
         _handle_signals()

@@ -220,10 +220,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to serve large blocks from its heap and never to give them back; ask for huge pages there.
 
     Call it early in a process that trains or embeds on CPU; again does no harm. Peak memory is what the largest step
-    needs, plus fragmentation.
-
-    Returns:
-        True if done, False where the C library is not glibc (nothing happens).
+    needs, plus fragmentation. False where the C library is not glibc: nothing happens.
     """
     try:
         libc = ctypes.CDLL(None)

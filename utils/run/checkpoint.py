@@ -60,11 +60,8 @@ class Snapshot:
 
 
 class CheckpointWriter:
-    """Writes snapshots in a thread. All ranks drive it in step: ``start``, then ``finish`` when none is ``pending``.
-
-    ``start(snapshot)`` begins; ``pending`` and ``failed`` tell this rank's state, which the training loop reduces over
-    the ranks; once nobody is pending all ranks call ``finish(any_failed)``.
-    """
+    """Writes snapshots in a thread. All ranks drive it in step: ``start``, then, once none is ``pending``, ``finish``
+    with whether one has ``failed``; the training loop reduces both over the ranks."""
 
     def __init__(self, run_dir: str | Path, keep: int = 3, asynchronous: bool = True):
         self.run_dir = Path(run_dir)
@@ -91,10 +88,7 @@ class CheckpointWriter:
         return self.busy and not self.pending and self._written.exception() is not None
 
     def start(self, snapshot: Snapshot, best: bool = False) -> None:
-        """Begin to write. The partial folder of an earlier, interrupted save of the same step is replaced.
-
-        All ranks call it; a save still running must have been finished.
-        """
+        """Begin to write, in place of what an interrupted save of the same step left. The save before is finished."""
         assert not self.busy, "finish() the running save first"
         self._snapshot, self._mark_best, self.last_step = snapshot, best, snapshot.step
         self._written, partial = futures.Future(), self._partial(snapshot.step)
@@ -115,10 +109,7 @@ class CheckpointWriter:
         futures.wait([self._written])
 
     def finish(self, any_failed: bool) -> Path:
-        """Publish the checkpoint (rank 0 renames) or drop it.
-
-        Args:
-            any_failed: the ``failed`` of any rank.
+        """Publish the checkpoint (rank 0 renames) or, if a rank ``failed``, drop it.
 
         Raises:
             UserError: on every rank, if a part could not be written; the older checkpoints are untouched.

@@ -131,15 +131,18 @@ def find_resume(config: "Config", expected: dict, num_images: int) -> dict | Non
     if path is None:
         return None
     meta = read_meta(path)
-    for name, value in expected.items():
-        if meta["run"][name] != value:
-            raise UserError(
-                f"{path}: {name} is {meta['run'][name]!r} there and {value!r} in this configuration; --resume "
-                "continues the same model: to start from its weights use init.backbone= (and init.head=) instead"
-            )
     now = config.model_dump(mode="json")
     then = {**now, **meta.get("config", {})}
+    before, wanted = {**_unchangeable(then), **meta["run"]}, {**expected, **_unchangeable(now)}
     start_anew = f"start anew from the weights: init.backbone={path} init.head={path}"
+    for name, value in wanted.items():
+        if before[name] != value:
+            advice = f"--resume needs {name}={before[name]} as it was, or {start_anew}"
+            if name in expected:
+                same = "--resume continues the same model"
+                advice = f"{same}: to start from its weights use init.backbone= (and init.head=) instead"
+            told = f"{name} is {before[name]!r} there and {value!r} in this configuration"
+            raise UserError(f"{path}: {told}; {advice}")
     images = meta["run"]["num_samples"]
     if images != num_images:
         places = [each["data"].get("list_file") or each["data"].get("root") for each in (then, now)]
@@ -147,13 +150,6 @@ def find_resume(config: "Config", expected: dict, num_images: int) -> dict | Non
             f"{path}: the data ({places[0]}) has {images} images there and {num_images} here ({places[1]}), so their "
             f"order would be another; give the same data, or {start_anew}"
         )
-    before, wanted = _unchangeable(then), _unchangeable(now)
-    for name, value in wanted.items():
-        if before[name] != value:
-            raise UserError(
-                f"{path}: {name} is {before[name]!r} there and {value!r} in this configuration; --resume needs "
-                f"{name}={before[name]} as it was, or {start_anew}"
-            )
     return {**meta, "path": str(path)}
 
 

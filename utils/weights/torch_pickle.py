@@ -16,17 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.files import written_whole
-from utils.weights.safe_pickle import (
-    DAMAGE,
-    PLAIN,
-    WEIGHT_NAMES,
-    Name,
-    Opcodes,
-    SafeUnpickler,
-    UnsafePickleError,
-    finished,
-    refuse_other_kinds,
-)
+from utils.weights import safe_pickle
+from utils.weights.safe_pickle import WEIGHT_NAMES, Name, Opcodes, SafeUnpickler, UnsafePickleError
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the layout before 1.6
 STREAM_PROTOCOL = 1001
@@ -164,7 +155,7 @@ class _TorchUnpickler(SafeUnpickler):
 def load_torch(path: str | os.PathLike) -> object:
     """What ``torch.save`` wrote: dicts, lists, strings, numbers; tensors as numpy arrays (bfloat16 as float32).
 
-    Objects of other kinds inside it are ``Foreign``, with nothing in them; nothing of the file is executed.
+    Objects of other kinds inside it are ``Foreign``; nothing of the file is executed.
 
     Raises:
         OSError: the file cannot be read.
@@ -178,11 +169,11 @@ def load_torch(path: str | os.PathLike) -> object:
             return _load_zip(path)
         if head.startswith(b"PK"):
             raise UnsafePickleError(f"{path}: a zip archive without its end: the file is cut; fetch it again")
-        refuse_other_kinds(path, head, "a PyTorch file")
+        safe_pickle.refuse_other_kinds(path, head, "a PyTorch file")
         return _load_stream(path)
     except UnsafePickleError:
         raise
-    except (*DAMAGE, RuntimeError, zipfile.BadZipFile) as error:
+    except (*safe_pickle.DAMAGE, RuntimeError, zipfile.BadZipFile) as error:
         raise UnsafePickleError(f"{path}: not a well-formed PyTorch file: {error}") from error
 
 
@@ -240,7 +231,7 @@ def _with_arrays(path: Path, value: object, arrays: dict[str, np.ndarray]) -> ob
             f"{path}: holds a {value.full}, not named weights; nothing was executed. Where it was trained, "
             f"torch.save(model.state_dict(), ...) writes what is read here"
         )
-    return finished(path, value, (*PLAIN, Foreign), view)
+    return safe_pickle.finished(path, value, (*safe_pickle.PLAIN, Foreign), view)
 
 
 class _TorchPickler(pickle._Pickler):
@@ -278,13 +269,8 @@ class _TorchPickler(pickle._Pickler):
 
 
 def save_torch(path: str | os.PathLike, content: object) -> None:
-    """Write dicts (string or integer keys), lists, strings, numbers and numpy arrays so that ``torch.load`` reads them.
-
-    The file appears whole or not at all.
-
-    Raises:
-        TypeError: ``content`` holds something else.
-    """
+    """Write dicts (string or integer keys), lists, strings, numbers and numpy arrays so that ``torch.load`` reads them,
+    the file whole or not at all; TypeError where ``content`` holds something else."""
     out = io.BytesIO()
     pickler = _TorchPickler(out)
     pickler.dump(content)
