@@ -23,12 +23,13 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from utils.errors import CommandLine, UserError
 
@@ -42,6 +43,9 @@ def _listed(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+LARGEST = 2**31 - 1  # of a whole number
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ and ~user are home folders
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_listed)]
@@ -51,6 +55,14 @@ class Section(BaseModel):
     """Frozen; unknown keys are errors; NaN and infinity are no numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's yes and true are no 1, for which pydantic would take them."""
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name].annotation):
+            raise PydanticCustomError("truth", "input should not be true or false")
+        return value
 
     def kwargs(self) -> dict[str, Any]:
         """What is set, but for the name: keyword arguments for what the section describes."""
@@ -345,6 +357,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
             raise ConfigError(f"{path}: {error.strerror or error}; give the path of a YAML configuration") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise ConfigError(f"{path}: brackets or blocks are nested too deeply to be a configuration") from None
         tree = {} if tree is None else tree
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: {str(tree)[:60]!r} is no mapping of sections such as 'run:' and 'data:'")
@@ -352,11 +366,13 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     before = _margin(tree)
     for override in overrides:
         _apply_override(tree, override)
-    _drop_other_margin(tree, before, overrides)
+    note = _drop_other_margin(tree, before, overrides)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{path or 'configuration'}: {_explain(error)}") from None
+    if note and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
+        print(note, file=sys.stderr, flush=True)
     if config.run.output is None:
         name = Path(path).stem if path is not None else "run"
         config = config.model_copy(update={"run": config.run.model_copy(update={"output": f"work_dirs/{name}"})})
@@ -410,20 +426,20 @@ def _margin(tree: dict) -> dict:
     return dict(margin) if isinstance(margin, dict) else {}
 
 
-def _drop_other_margin(tree: dict, before: dict, overrides: list[str] | tuple[str, ...]) -> None:
-    """An override that switches the margin leaves the file's parameters of the other one behind, and says so."""
+def _drop_other_margin(tree: dict, before: dict, overrides: list[str] | tuple[str, ...]) -> str | None:
+    """An override that switches the margin leaves the file's parameters of the other one behind; the note of it."""
     margin = _margin(tree)
     old, new = (str(each.get("name", "arcface")).lower() for each in (before, margin))
     if old == new:
-        return
+        return None
     given = {word.partition("=")[0].strip().rpartition(".")[2] for word in overrides if word.startswith("head.margin.")}
     kept = [name for name in _COMMON if name != "s" or new not in _NO_SCALE]
     dropped = {key: before[key] for key in before if key != "name" and key not in given and key not in kept}
     tree["head"] = {**tree["head"], "margin": {key: value for key, value in margin.items() if key not in dropped}}
-    if dropped and os.environ.get("PADDLE_TRAINER_ID", "0") == "0":
-        told = ", ".join(f"{key}={value}" for key, value in dropped.items())
-        note = f"head.margin: {new} instead of {old}, whose {told} is dropped; head.margin.KEY=VALUE sets {new}'s own"
-        print(note, file=sys.stderr, flush=True)
+    if not dropped:
+        return None
+    told = ", ".join(f"{key}={value}" for key, value in dropped.items())
+    return f"head.margin: {new} instead of {old}, whose {told} is dropped; head.margin.KEY=VALUE sets {new}'s own"
 
 
 def fresh(config: Config) -> Config:

@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 
 from eval.engines import DynamicEngine, OnnxEngine, PredictorEngine, StaticEngine, save_onnx
-from eval.kept import keep_speeds, kept_onnx, read_speeds, weights_key
+from eval.kept import converted_key, keep_speeds, kept_onnx, read_speeds, weights_key
 from eval.network_input import read_onnx_input
 from eval.openvino_engine import OpenvinoEngine, emulates_bfloat16
 from utils import distributed
@@ -58,9 +58,14 @@ class Source:
             raise
 
     @functools.cached_property
-    def key(self) -> str:
+    def weights(self) -> str:
         """A digest of the file and of what else decides the network."""
         return weights_key(self.path, self._options)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """``weights``, and the code that converts them."""
+        return converted_key(self.weights)
 
     @contextlib.contextmanager
     def onnx_file(self) -> Iterator[tuple[Path, bool]]:

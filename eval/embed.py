@@ -74,7 +74,7 @@ class Embedder:
     def identity(self) -> str:
         """A digest of the weights and precision: what tells whether embeddings on disk are this model's."""
         if self._source.path is not None:
-            weights = self._source.key
+            weights = self._source.weights
         else:
             state = hashlib.blake2b(digest_size=12)
             for name, tensor in self._source.layer.state_dict().items():

@@ -20,9 +20,17 @@ _CODE = Path(__file__).resolve().parent.parent
 
 
 def weights_key(path: Path, options: object) -> str:
-    """What tells this network with these weights from any other: 24 hex digits."""
+    """What tells this network with these weights from any other, whichever version of ours reads it: 24 hex digits."""
+    return _short_digest([file_digest(path), json.dumps(options, sort_keys=True, default=str)])
+
+
+def converted_key(weights: str) -> str:
+    """What tells the conversion of the weights with this key, by the code that is here, from any other."""
     code = [*sorted((_CODE / "backbones").glob("*.py")), _CODE / "eval" / "engines.py"]
-    parts = [file_digest(path), json.dumps(options, sort_keys=True, default=str), *map(file_digest, code)]
+    return _short_digest([weights, *map(file_digest, code)])
+
+
+def _short_digest(parts: list[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
@@ -32,7 +40,7 @@ def kept_onnx(path: Path, key: str, make: Callable[[Path], object], say: Callabl
 
     Args:
         path: the weights file.
-        key: its ``weights_key``.
+        key: its ``converted_key``.
         make: writes the network to the path it is given.
         say: told what was kept where, or why not: then the file is gone when the block ends.
     """

@@ -63,6 +63,13 @@ def test_unknown_key_in_a_file_names_file_and_nearest(tmp_path):
     ("override", "told"),
     [
         ("run.seed=abc", "run.seed: 'abc'"),
+        ("run.epochs=yes", "run.epochs: True: input should not be true or false"),
+        ("optim.lr=true", "optim.lr: True: input should not be true or false"),
+        ("data.num_classes=true", "data.num_classes: True: input should not be true or false"),
+        (
+            "run.seed=99999999999999999999",
+            "run.seed: 99999999999999999999: input should be less than or equal to 2147483647",
+        ),
         ("run.batch_size=0", "run.batch_size: 0"),
         ("optim.lr=.nan", "optim.lr"),
         ("run.precision=fp8", "run.precision: 'fp8'"),
@@ -256,3 +263,13 @@ def test_a_margin_parameter_given_with_the_switch_is_kept_and_checked(tmp_path, 
 def test_what_a_run_keeps_does_not_resume_by_itself():
     config = load_config(None, ["checkpoint.resume=latest"])
     assert "resume: never" in dump_config(fresh(config)) and config.checkpoint.resume == "latest"
+
+
+def test_a_configuration_that_is_refused_is_one_line(tmp_path, capsys):
+    (tmp_path / "deep.yaml").write_text("run: " + "[" * 5000 + "]" * 5000)
+    with pytest.raises(ConfigError, match=r"deep.yaml: .* nested too deeply"):
+        load_config(tmp_path / "deep.yaml")
+    (tmp_path / "margin.yaml").write_text("head: {margin: {name: arcface, m: 0.5}}")
+    with pytest.raises(ConfigError, match=r"head.margin.name: 5"):
+        load_config(tmp_path / "margin.yaml", ["head.margin.name=5"])
+    assert capsys.readouterr().err == ""

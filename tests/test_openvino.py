@@ -421,6 +421,21 @@ def test_keys_see_weights_and_options(tmp_path):
     assert len(keys) == 6
 
 
+def test_only_what_is_converted_depends_on_our_code(tmp_path, monkeypatch):
+    """A gallery or a table of features outlives an update of this project; a converted network does not."""
+    code = tmp_path / "code"
+    for name in ("backbones/resnet.py", "eval/engines.py"):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).touch()
+    (tmp_path / "a").write_bytes(b"1")
+    monkeypatch.setattr(kept, "_CODE", code)
+    weights = kept.weights_key(tmp_path / "a", None)
+    converted = kept.converted_key(weights)
+    (code / "backbones/resnet.py").write_text("# another comment")
+    assert kept.weights_key(tmp_path / "a", None) == weights
+    assert kept.converted_key(weights) != converted
+
+
 def test_a_layer_runs_in_openvino_too():
     class Turned(Pixels):
         pass
