@@ -78,19 +78,15 @@ class FaceRecordDataset(Source):
 
     def fetch(self, i: int) -> tuple[bytes, int]:
         payload = self.record(i)
-        start, label = self._parse(i, payload)
+        try:
+            start, label = parse_image(payload)
+        except ValueError as error:
+            raise self.damaged(i, str(error)) from None
         return payload[start:], label
 
     def fetch_many(self, samples: np.ndarray) -> list[tuple[bytes | memoryview, int]]:
         plain = read_plain_images(self.file, self.index, self.keys[samples])
         return [found or self.fetch(i) for i, found in zip(samples.tolist(), plain, strict=True)]
-
-    def _parse(self, i: int, payload: bytes) -> tuple[int, int]:
-        """(where the image starts, label) of a record."""
-        try:
-            return parse_image(payload)
-        except ValueError as error:
-            raise self.damaged(i, str(error)) from None
 
     def read_labels(self, samples: np.ndarray | None = None) -> np.ndarray:
         """Labels of some images, or of all, int64, from the first bytes of their records.
@@ -115,7 +111,7 @@ class FaceRecordDataset(Source):
             chosen = samples[start : start + LABELS_AT_ONCE]
             labels = read_plain_labels(self.file, self.index, self.keys[chosen])
             for row in np.flatnonzero(labels < 0).tolist():  # split, or something is wrong with it: that is said
-                labels[row] = self._parse(int(chosen[row]), self.record(int(chosen[row])))[1]
+                labels[row] = self.fetch(int(chosen[row]))[1]
             return labels
 
         starts = range(0, len(samples), LABELS_AT_ONCE)
@@ -270,23 +266,21 @@ class FolderDataset(ListDataset):
             raise FileNotFoundError(f"{root}: no such folder")
         found = find_image_files(self.root)
         self._names, self.identities, labels = [], [], []
-        deeper, flat = [], False
+        deeper = []
         for name in found.names:
             identity, slash, rest = name.partition("/")
             if not slash:
                 found.passed_over.add("images outside of identity folders", name)
                 continue
-            if not self.identities or self.identities[-1] != identity:
+            if self.identities[-1:] != [identity]:
                 self.identities.append(identity)
             if "/" in rest:
                 deeper.append(name)
-            else:
-                flat = True
             self._names.append(name)
             labels.append(len(self.identities) - 1)
         if not labels:
             raise UserError(f"{root}: no images in its folders; one folder an identity was expected")
-        if len(self.identities) == 1 and not flat:
+        if len(self.identities) == 1 and len(deeper) == len(labels):
             inside = self.root / self.identities[0]
             raise UserError(f"{root}: all images lie in folders of one folder; set the root to {inside}?")
         notes = [found.summary()]
@@ -327,11 +321,9 @@ class ShardDataset(Source):
         """All in one piece of memory, which the views keep alive."""
         entries = self._entries[samples]
         shards = np.searchsorted(self._starts, samples, side="right") - 1
-        sizes = entries["size"].astype(np.int64)
-        view, stop, found = memoryview(np.empty(sizes.sum(), np.uint8)), 0, []
-        wanted = zip(
-            shards.tolist(), entries["offset"].tolist(), sizes.tolist(), entries["label"].tolist(), strict=True
-        )
+        view, stop, found = memoryview(np.empty(entries["size"].sum(), np.uint8)), 0, []
+        columns = shards, entries["offset"], entries["size"], entries["label"]
+        wanted = zip(*(column.tolist() for column in columns), strict=True)
         for row, (shard, offset, size, label) in enumerate(wanted):
             start, stop = stop, stop + size
             block = view[start:stop]
@@ -358,12 +350,8 @@ class CelebADataset(ListDataset):
 
     def __init__(self, root: str | os.PathLike) -> None:
         root = Path(root)
-        list_file, images = root / "Anno" / "identity_CelebA.txt", root / "Img" / "img_align_celeba"
-        if not list_file.exists():
-            list_file = root / "identity_CelebA.txt"
-        if not images.exists():
-            images = root / "img_align_celeba"
-        super().__init__(list_file, images)
+        nested = root / "Anno" / "identity_CelebA.txt", root / "Img" / "img_align_celeba"
+        super().__init__(*(path if path.exists() else root / path.name for path in nested))
         self.identities, self.labels = np.unique(self.labels, return_inverse=True)
         self.num_classes = len(self.identities)
 

@@ -4,6 +4,7 @@ Nothing is allocated because a file claims it: a length is compared with the fil
 what can be told from the framing is told: a record has to end where another one starts, or at the end of the file.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ class Scanned(NamedTuple):
     head: bytes
 
 
-class RecordFile:
+class RecordFile(contextlib.AbstractContextManager):
     """Records of one file by offset; OSError if it cannot be opened.
 
     ``os.pread`` where the system has it; otherwise one handle behind a lock, reopened in a forked child.
@@ -50,7 +51,8 @@ class RecordFile:
         self._handle = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as this object
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._fd = self._handle.fileno()
-        self._read, self._use_preadv = getattr(os, "pread", self._locked_read), hasattr(os, "preadv")
+        self._read = getattr(os, "pread", self._locked_read)
+        self._use_preadv = hasattr(os, "pread") and hasattr(os, "preadv")
         self.size = os.fstat(self._fd).st_size
 
     def close(self) -> None:
@@ -59,9 +61,6 @@ class RecordFile:
     @property
     def closed(self) -> bool:
         return self._handle.closed
-
-    def __enter__(self) -> "RecordFile":
-        return self
 
     def __exit__(self, *exc_info) -> None:
         self.close()

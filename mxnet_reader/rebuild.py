@@ -25,46 +25,42 @@ NUM_PROBES = 64  # places at which an index that stops early is tested for being
 REPORT_EVERY = 1 << 16  # records
 
 
-def open_index(file: RecordFile, idx_path: str | os.PathLike | None) -> RecordIndex:
+def open_index(file: RecordFile, idx_path: str | os.PathLike) -> RecordIndex:
     """The index of ``file``: read, completed, or rebuilt.
 
     Args:
         file: the open record file.
-        idx_path: the ``.idx`` file; None or a missing one means a scan of the whole record file, whose result is
-            stored there (never beside data that is read-only).
+        idx_path: the ``.idx`` file; a missing one means a scan of the whole record file, whose result is stored there
+            (never beside data that is read-only).
 
     Raises:
         RecordError: the index or the record file is malformed.
     """
-    if idx_path is None or not Path(idx_path).exists():
-        index = rebuild_index(file, path=idx_path)
-        if idx_path is not None and _may_write(file.path, idx_path):
+    if not Path(idx_path).exists():
+        index = rebuild_index(file, idx_path)
+        if _may_write(file.path, idx_path):
             write_index(idx_path, index.keys_N, index.offsets_N)
         return index
     index, whole = read_index(idx_path)
-    if len(index) == 0:
-        if file.size:
-            warnings.warn(f"{idx_path} is empty: rebuilding it from {file.path}", stacklevel=3)
-            return rebuild_index(file, path=idx_path)
-        return index
-    return _complete(file, index, whole)
+    if len(index):
+        return _complete(file, index, whole)
+    if file.size:
+        warnings.warn(f"{idx_path} is empty: rebuilding it from {file.path}", stacklevel=3)
+        return rebuild_index(file, idx_path)
+    return index
 
 
 def rebuild_index(
-    file: RecordFile,
-    start: int = 0,
-    path: str | os.PathLike | None = None,
-    first_ordinal: int = 0,
-    by_id: bool | None = None,
+    file: RecordFile, path: str | os.PathLike, start: int = 0, first_ordinal: int = 0, by_id: bool = False
 ) -> RecordIndex:
     """Scan the records from ``start`` on and key them.
 
     Args:
         file: the open record file.
-        start: offset of the first record to take.
         path: name of the index, for messages.
+        start: offset of the first record to take.
         first_ordinal: ordinal of the record at ``start``.
-        by_id: True takes the header ids as keys, False ordinals, None decides by the InsightFace header record.
+        by_id: the header ids are the keys, as they are where an InsightFace header record is met.
 
     Raises:
         RecordError: a damaged record, or two records with one id where ids are keys.
@@ -85,14 +81,14 @@ def rebuild_index(
             report(record.end - start, file.size - start)
     offsets_N, ids_N = np.array(offsets, np.int64), np.array(ids, np.int64)
     report(file.size - start, file.size - start)
-    if by_id if by_id is not None else has_header and all_have_ids:
+    if by_id or (has_header and all_have_ids):
         unique, first, counts = np.unique(ids_N, return_index=True, return_counts=True)
         if (counts > 1).any():
             twice = int(np.argmax(counts > 1))
             reason = f"{counts[twice]} records have this id, so that the index cannot be rebuilt from the ids"
             raise RecordError(file.path, reason, offsets_N[first[twice]], int(unique[twice]))
-        return RecordIndex(ids_N, offsets_N, path or file.path)
-    return RecordIndex(np.arange(first_ordinal, first_ordinal + len(offsets_N)), offsets_N, path or file.path)
+        return RecordIndex(ids_N, offsets_N, path)
+    return RecordIndex(np.arange(first_ordinal, first_ordinal + len(offsets_N)), offsets_N, path)
 
 
 def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
@@ -102,7 +98,7 @@ def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
         keys_N, offsets_N = keys_N[:-1], offsets_N[:-1]
         index, whole = RecordIndex(keys_N, offsets_N, index.path), False
         if len(keys_N) == 0:
-            return rebuild_index(file, path=index.path)
+            return rebuild_index(file, index.path)
     last = _record(file, offsets_N.max(), trust_end=True)
     if last is None:
         return index  # reading that record will say what is wrong
@@ -114,7 +110,7 @@ def _complete(file: RecordFile, index: RecordIndex, whole: bool) -> RecordIndex:
     firsts = [_record(file, offset, trust_end=True) for offset in offsets_N[keys_N == 0]]
     by_id = any(first is not None and is_identity(first[0]) for first in firsts)
     try:
-        rest = rebuild_index(file, end, index.path, first_ordinal=len(keys_N), by_id=by_id or None)
+        rest = rebuild_index(file, index.path, end, first_ordinal=len(keys_N), by_id=by_id)
     except RecordError as error:
         warnings.warn(f"{error}: the index stays as it is", stacklevel=4)
         return index

@@ -4,6 +4,7 @@ Where mxnet answers None or nonsense for a malformed file, this raises ``RecordE
 Reading is positional, so one reader serves several threads through ``read_idx`` and works on in a forked child.
 """
 
+import contextlib
 import os
 
 import numpy as np
@@ -17,7 +18,7 @@ from mxnet_reader.rebuild import open_index
 __all__ = ["IRHeader", "MXIndexedRecordIO", "MXRecordIO", "RecordError", "pack", "pack_img", "unpack", "unpack_img"]
 
 
-class MXRecordIO:
+class MXRecordIO(contextlib.AbstractContextManager):
     """Sequential reading (``flag="r"``) or writing (``flag="w"``) of a record file.
 
     Args:
@@ -57,9 +58,6 @@ class MXRecordIO:
 
     def __del__(self) -> None:
         self.close()
-
-    def __enter__(self) -> "MXRecordIO":
-        return self
 
     def __exit__(self, *exc_info) -> None:
         self.close()

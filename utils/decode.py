@@ -58,9 +58,11 @@ def decode_image(encoded: bytes | memoryview, out: np.ndarray | None = None) -> 
             except ValueError:  # damaged, larger than the buffer, another colour space or format: found out below
                 pass
         if encoded[:3] == JPEG_START:
-            image = _decode_jpeg(encoded)
-            if image is not None:
-                return image
+            try:
+                if simplejpeg.decode_jpeg_header(encoded)[2] not in ("CMYK", "YCCK"):  # which it does not turn into RGB
+                    return simplejpeg.decode_jpeg(encoded)
+            except ValueError as error:
+                raise DecodeError(f"damaged JPEG of {len(encoded)} bytes: {error}") from error
     encoded = bytes(encoded)
     check_whole(encoded)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
@@ -69,12 +71,10 @@ def decode_image(encoded: bytes | memoryview, out: np.ndarray | None = None) -> 
     except cv2.error as error:
         raise DecodeError(f"OpenCV cannot decode {len(encoded)} bytes: {error.err}") from error
     if image is None:
-        start = encoded[:4].hex() or "nothing"
-        kind = describe_bytes(encoded[:1024])
-        raise DecodeError(f"{len(encoded)} bytes starting with {start} are not a known image: {kind}")
-    if out is not None and out.shape == image.shape:
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        found = f"{len(encoded)} bytes starting with {encoded[:4].hex()}"
+        raise DecodeError(f"{found} are not a known image: {describe_bytes(encoded[:1024])}")
+    fits = out is not None and out.shape == image.shape
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out if fits else None)
 
 
 def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
@@ -92,16 +92,6 @@ def read_image(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
     except DecodeError as error:
         raise UserError(f"{path}: not an image that can be decoded ({error})") from error
     return image if size is None else fit_image(image, (size, size), "stretch")
-
-
-def _decode_jpeg(encoded: bytes | memoryview) -> np.ndarray | None:
-    """None for the few colour spaces (CMYK) that simplejpeg does not turn into RGB."""
-    try:
-        if simplejpeg.decode_jpeg_header(encoded)[2] in ("CMYK", "YCCK"):
-            return None
-        return simplejpeg.decode_jpeg(encoded)
-    except ValueError as error:
-        raise DecodeError(f"damaged JPEG of {len(encoded)} bytes: {error}") from error
 
 
 def check_whole(encoded: bytes) -> None:

@@ -119,7 +119,6 @@ def _identity(folder: str | os.PathLike) -> tuple[int, int]:
 
 def find_image(stem: str | os.PathLike) -> Path | None:
     """The image of this name, or of this name with an image's suffix behind it (dots in names are no suffixes)."""
-    stem = Path(stem)
-    candidates = [stem, *(stem.with_name(stem.name + suffix) for suffix in IMAGE_SUFFIXES)]
-    candidates += [stem.with_name(stem.name + suffix.upper()) for suffix in IMAGE_SUFFIXES]
+    stem, suffixes = Path(stem), ("", *IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
+    candidates = (stem.with_name(stem.name + suffix) for suffix in suffixes)
     return next((path for path in candidates if path.is_file()), None)

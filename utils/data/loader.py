@@ -261,11 +261,11 @@ class TrainLoader:
         from utils.system import upload
 
         label = paddle.to_tensor(labels, place=paddle.CPUPlace())
-        on_host = paddle.get_device() == "cpu"
+        put = share_numpy if paddle.get_device() == "cpu" else upload
         if images.dtype == np.float32:
-            return share_numpy(images) if on_host else upload(images), label
+            return put(images), label
         if self._options.flip_on_host or not self._options.flip:
-            image = share_numpy(images) if on_host else upload(images)
+            image = put(images)
         else:  # pixels and flips go up as one vector of bytes
             num_bytes = images.size
             packed = upload(np.concatenate([images.reshape(-1), mirror.astype(np.uint8)]))

@@ -67,11 +67,10 @@ def find_shards(root: str | os.PathLike) -> list[Path]:
                 raise UserError(f"{name}: no such shard")
             names += found
     shards = sorted({Path(name) for name in names if name.endswith(".tar")})
-    packed = sorted(name for name in names if Path(name).suffix in _COMPRESSED and ".t" in Path(name).name)
-    packed = [name for name in packed if Path(name).with_suffix("") not in shards]
-    if packed:
-        command = _COMPRESSED[Path(packed[0]).suffix]
-        raise UserError(f"{packed[0]}: samples of a compressed shard cannot be found; unpack it: {command} {packed[0]}")
+    for packed in sorted(map(Path, names)):
+        command = _COMPRESSED.get(packed.suffix)
+        if command and ".t" in packed.name and packed.with_suffix("") not in shards:
+            raise UserError(f"{packed}: samples of a compressed shard cannot be found; unpack it: {command} {packed}")
     if not shards:
         raise UserError(f"{root}: {what}")
     return shards
