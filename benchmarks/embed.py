@@ -128,7 +128,8 @@ def _ijb(network: str, folder: Path, threads: int):
     templates = range(NUM_CROPS // 2)
     write_csv(folder / "pairs.csv", [{"left": t, "right": (t + 1) % len(templates), "same": t % 2} for t in templates])
     embedder = load_embedder(folder / "weights.pt", network, num_threads=threads, precision="auto")
-    embedder.settle(images)
+    if embedder.undecided:
+        embedder.settle(images)
     embedder.start(images[:64], "both").result()
 
     def whole() -> None:
