@@ -304,7 +304,7 @@ def test_rebuild_shows_progress(tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 10_000, 2))
     monkeypatch.setattr("mxnet_reader.rebuild.time.monotonic", lambda: next(clock))
     with RecordFile(tmp_path / "train.rec") as file:
-        open_index(file, tmp_path / "train.idx")
+        open_index(file, tmp_path / "none.idx")
     assert "rebuilding the index of train.rec: 100 %" in capsys.readouterr().err
 
 
