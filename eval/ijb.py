@@ -53,6 +53,7 @@ from eval.tables import (
 )
 from utils import distributed
 from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
+from utils.files import check_replaceable
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(args.device)
     protocol, digest = None, None
     with distributed.together():
+        if args.report is not None:
+            check_replaceable(args.report)
         load_results(args.compare)  # a folder that is none ends the run now, not after the embedding
         protocol = read_ijb(args.image_path, args.target) if args.protocol is None else read_csv_protocol(args.protocol)
         digest = None if args.model is None else weights_digest(args.model, args.which, args.precision)

@@ -4,9 +4,11 @@ import argparse
 import ast
 import importlib.util
 import io
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from utils.errors import COUNT, UserError, check_ranges, one_line_errors
@@ -100,3 +102,18 @@ def test_names_that_the_terminal_cannot_show_are_shown_escaped(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, encoding="utf-8", errors="strict"))
     one_line_errors(lambda: print("results in Jos\udce9", flush=True))()
     assert terminal.getvalue() == b"results in Jos\\udce9\n"
+
+
+def test_memory_folders_and_interrupts_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for function, told in ((lambda: np.empty(2**58), "error: not enough memory: Unable to allocate"),
+                           ((tmp_path / "file").mkdir, "a file is there where a folder is needed")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            one_line_errors(function)()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line
+    code = (
+        "from utils.errors import one_line_errors\n@one_line_errors\ndef main():\n    raise KeyboardInterrupt\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr == "interrupted\n" and done.returncode != 0

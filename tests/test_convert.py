@@ -386,6 +386,8 @@ def test_outputs_that_cannot_be(tmp_path, capsys, peer):
     torch.save(peer.state_dict(), tmp_path / "a.pt")
     assert "tools/export.py" in run_failing(capsys, tmp_path / "a.pt", tmp_path / "o.onnx")
     assert "is the source itself" in run_failing(capsys, tmp_path / "a.pt", tmp_path / "a.pt")
+    convert_module.main([str(tmp_path / "a.pt"), str(tmp_path / "run")])
+    assert "is the source itself" in run_failing(capsys, tmp_path / "run", tmp_path / "run")
     assert "no such file" in run_failing(capsys, tmp_path / "b.pt", tmp_path / "o.pdparams")
     assert "did you mean" in run_failing(capsys, tmp_path / "a.pt", tmp_path / "o.pdparams", "--network", "iresnet")
     (tmp_path / "run/checkpoints").mkdir(parents=True)

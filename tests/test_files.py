@@ -35,7 +35,7 @@ def test_what_must_not_be_replaced(tmp_path):
         place = tmp_path / place
         with pytest.raises(UserError, match=f"^{place}: {told}"), written_whole(place):
             raise AssertionError("nothing may be written")
-    with pytest.raises(NotADirectoryError, match=r"Not a directory: '.*/file/x'$"):
+    with pytest.raises(UserError, match=r"/file/x: .*/file is a file, not a folder$"):
         write_text(tmp_path / "file" / "x", "y")
     with pytest.raises(FileNotFoundError, match=r"'.*/none/x'$"):
         write_csv(tmp_path / "none" / "x", [{"a": 1}])

@@ -172,6 +172,8 @@ def convert(source: Source, output: Path, network: str | None, tolerance: float)
         UserError: names or shapes that do not fit, an output that cannot hold the source, a difference too large.
     """
     as_folder = output.suffix == "" or output.is_dir()
+    if as_folder and source.path.resolve() in (output.resolve(), (output / "backbone.pdparams").resolve()):
+        raise UserError(f"{output}: is the source itself; name another output")
     if as_folder and (output / "checkpoints").exists():
         raise UserError(f"{output}: holds a training run; name another folder")
     allowed = HEAD_OUTPUTS if source.state is None else BACKBONE_OUTPUTS

@@ -47,22 +47,38 @@ def check_ranges(options: argparse.Namespace, **ranges: tuple[float, float]) -> 
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be {told}")
 
 
+def _interrupted_in_one_line(kind: type, error: BaseException, trace: object) -> None:
+    if issubclass(kind, KeyboardInterrupt) and os.environ.get("FACE_DEBUG") != "1":
+        print("interrupted", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Decorator for a script's ``main``: ``UserError`` and ``OSError`` end in one line on stderr and exit status 1.
 
-    Anything else is our bug and keeps its traceback; ``FACE_DEBUG=1`` shows the traceback of the expected ones as well.
+    So does a lack of memory; Ctrl-C is one line as well. Anything else is our bug and keeps its traceback;
+    ``FACE_DEBUG=1`` shows the traceback of the expected ones too.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks are no error
+        if sys.excepthook is sys.__excepthook__:
+            sys.excepthook = _interrupted_in_one_line
         try:
             return main(*args, **kwargs)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError) as error:
             if os.environ.get("FACE_DEBUG") == "1":
                 raise
             text = " ".join(str(error).split())
+            if isinstance(error, MemoryError):
+                text = f"not enough memory: {text or 'fewer images at a time, or fewer threads, need less'}"
+            elif (
+                isinstance(error, FileExistsError) and error.filename is not None
+            ):  # of mkdir: nothing else asks for it
+                text += "; a file is there where a folder is needed"
             if len(text) > _LONGEST:  # a file's line is quoted in it, or a path of thousands of characters
                 text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
             print(f"error: {text}", file=sys.stderr, flush=True)

@@ -16,13 +16,16 @@ from utils.errors import UserError
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse a folder, and a device or pipe, which a rename would replace (as root even /dev/null).
+    """Refuse a folder, a place below a file, and a device or pipe, which a rename would replace (as root /dev/null).
 
     Raises:
         UserError: that is what is there.
     """
     if path.is_dir() or not path.name:
         raise UserError(f"{path}: is a folder; name a file to write")
+    above = next((folder for folder in path.parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UserError(f"{path}: {above} is a file, not a folder")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is a device or a pipe and would be replaced; name a file to write")
 
