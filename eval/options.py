@@ -53,6 +53,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_face_options(parser: argparse.ArgumentParser) -> None:
+    """How faces are found in photos, or crops taken as they are."""
+    parser.add_argument("--landmarks", type=Path, help="list of five points a face (see tools/embed.py)")
+    parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file for OpenCV's FaceDetectorYN")
+    parser.add_argument("--min-score", type=float, help="least detector score (default: YuNet 0.8, mtcnn 0.7)")
+    parser.add_argument("--resize", action="store_true", help="resize crops of another size")
+
+
 def add_report_options(parser: argparse.ArgumentParser, results: str) -> None:
     """Where results go. ``results``: what they are, for the help."""
     parser.add_argument("--num-errors", type=int, default=10, help="worst pairs shown")

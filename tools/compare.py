@@ -25,7 +25,7 @@ import yaml
 
 from eval.bins import load_bin
 from eval.embed import Embedder, load_embedder
-from eval.options import add_device_option, add_engine_options
+from eval.options import add_device_option, add_engine_options, add_face_options
 from eval.remarks import score_remarks
 from utils import distributed
 from utils.errors import CommandLine, UserError, check_ranges, one_line_errors
@@ -156,10 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, help="cosine above which two faces are the same person")
     parser.add_argument("--calibrate", type=Path, nargs="+", default=[], help=".bin sets to measure the threshold on")
     parser.add_argument("--far", type=float, default=1e-3, help="false-accept rate aimed at (default: %(default)s)")
-    parser.add_argument("--landmarks", type=Path, help="list of five points a face (see tools/embed.py)")
-    parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file for OpenCV's FaceDetectorYN")
-    parser.add_argument("--min-score", type=float, help="least detector score (default: YuNet 0.8, mtcnn 0.7)")
-    parser.add_argument("--resize", action="store_true", help="resize crops of another size")
+    add_face_options(parser)
     add_engine_options(parser)
     add_device_option(parser)
     args = parser.parse_args(argv)

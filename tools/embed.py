@@ -23,7 +23,7 @@ if __package__ in (None, ""):
 import numpy as np
 
 from eval.embed import load_embedder
-from eval.options import add_device_option, add_engine_options, print_warnings
+from eval.options import add_face_options, add_model_options, print_warnings
 from eval.remarks import landmark_remarks
 from eval.stream import claimed, digest, embed_to_file
 from utils import distributed
@@ -73,18 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = CommandLine(__doc__)
     parser.add_argument("source", type=Path, help="an image, or a folder that is searched to the bottom")
-    parser.add_argument("--model", required=True, help="run directory, weights file or .onnx")
-    parser.add_argument("--network", help="backbone name, where the model does not say it")
     parser.add_argument("--output", type=Path, required=True, help=".npz file to write")
-    parser.add_argument("--landmarks", type=Path, help="list of five points a face")
-    parser.add_argument("--detector", help="mtcnn, or a YuNet .onnx file for OpenCV's FaceDetectorYN")
-    parser.add_argument("--min-score", type=float, help="least detector score (default: YuNet 0.8, mtcnn 0.7)")
     parser.add_argument("--all-faces", action="store_true", help="every face of a photo, not the largest alone")
-    parser.add_argument("--resize", action="store_true", help="resize crops of another size")
     parser.add_argument("--no-flip", action="store_true", help="without the mirror image's embedding")
-    add_engine_options(parser)
-    parser.add_argument("--batch-size", type=int, default=64)
-    add_device_option(parser)
+    add_face_options(parser)
+    add_model_options(parser, "run directory, weights file or .onnx", required=True)
     args = parser.parse_args(argv)
     check_ranges(args, batch_size=POSITIVE, min_score=(0, 1))
     if args.output.suffix != ".npz":
@@ -96,7 +89,9 @@ def main(argv: list[str] | None = None) -> None:
         faces, embedder, stamps = [], None, None
         with distributed.together():
             faces = collect_faces(args)
-            embedder = load_embedder(args.model, args.network, args.engine, args.batch_size, precision=args.precision)
+            embedder = load_embedder(
+                args.model, args.network, args.engine, args.batch_size, which=args.which, precision=args.precision
+            )
             stamps = [(file.st_size, file.st_mtime_ns) for file in (face.path.stat() for face in faces)]
         images = AlignedFaces(faces, embedder.input_size, resize=args.resize)
         raw = args.output.with_name(f".{args.output.name}.raw.npy")

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.embed import load_embedder
-from eval.options import add_device_option, add_engine_options
+from eval.options import add_model_options
 from tools.clean.against import TestSet, embed_test_set, find_overlap, open_test_set
 from tools.clean.analysis import analyse
 from tools.clean.duplicates import exact_pairs, near_pairs
@@ -59,18 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Options."""
     parser = CommandLine(__doc__, prog="clean.py")
     parser.add_argument("dataset", type=Path, help="record set, folder of identities, list, or tar shards")
-    parser.add_argument("--model", required=True, help="run directory, weights file or .onnx")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--against", nargs="+", default=[], metavar="SET", help="test sets that it must not overlap")
     parser.add_argument("--drop", default=",".join(DROPS), help="what keep.txt leaves out (default: %(default)s)")
     parser.add_argument("--shown", type=int, default=50, help="cases of each kind on the page (default: %(default)s)")
     parser.add_argument("--prefix", default="train", help="name of a record set's files without suffix")
     parser.add_argument("--resize", action="store_true", help="stretch images that are not square")
-    parser.add_argument("--network", help="backbone name, where the model does not say it")
-    parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
-    add_engine_options(parser)
-    parser.add_argument("--batch-size", type=int, default=64)
-    add_device_option(parser)
+    add_model_options(parser, "run directory, weights file or .onnx", required=True)
     return parser
 
 
