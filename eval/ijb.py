@@ -27,30 +27,14 @@ if __package__ in (None, ""):
 
 import numpy as np
 
+from eval import options, tables
 from eval.embed import load_embedder
 from eval.features import Features, protocol_features, weights_digest
 from eval.metrics import FARS
-from eval.options import (
-    add_model_options,
-    add_report_options,
-    default_result_dir,
-    print_table,
-    print_warnings,
-    shown_settings,
-)
 from eval.protocols import TemplateProtocol, read_csv_protocol, read_ijb
 from eval.remarks import template_remarks
 from eval.results import load_results, tell, write_template_results
 from eval.stream import claimed
-from eval.tables import (
-    ALL_SETTINGS,
-    Setting,
-    evaluate_templates,
-    identification_table,
-    identify,
-    published_table,
-    strict_table,
-)
 from utils import distributed
 from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
 from utils.files import check_replaceable
@@ -58,7 +42,8 @@ from utils.files import check_replaceable
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(__doc__)
-    add_model_options(parser, "run directory or weights file; not needed where --features is complete", required=False)
+    model_help = "run directory or weights file; not needed where --features is complete"
+    options.add_model_options(parser, model_help, required=False)
     parser.add_argument("--image-path", type=Path, help="folder with meta/ and loose_crop/")
     parser.add_argument("--target", default="IJBC", help="IJBC, IJBB, or the prefix of another set of that layout")
     parser.add_argument("--protocol", type=Path, help="folder with images.csv and pairs.csv (instead of --image-path)")
@@ -69,7 +54,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all-settings", action="store_true", help="all eight N/D/F rows in the table")
     parser.add_argument("--identification", help="1:N, if listed", **switch)
     parser.add_argument("--num-threads", type=int, help="threads that read and align (default: one a core)")
-    add_report_options(parser, "scores, tables and pictures")
+    options.add_report_options(parser, "scores, tables and pictures")
     args = parser.parse_args(argv)
     if (args.image_path is None) == (args.protocol is None):
         raise UserError("give either --image-path (with --target) or --protocol")
@@ -102,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     source = args.model or args.features
-    folder = args.result_dir or default_result_dir(source, f"ijb/{protocol.name}")
+    folder = args.result_dir or options.default_result_dir(source, f"ijb/{protocol.name}")
     with claimed(folder, "name another --result-dir"):
         features = protocol_features(
             protocol,
@@ -118,20 +103,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def _report(args: argparse.Namespace, folder: Path, protocol: TemplateProtocol, features: Features) -> None:
     """Judge the features; print and write what came out."""
-    chosen = Setting(args.use_norm_score, args.use_detector_score, args.use_flip_test)
-    result = evaluate_templates(protocol, features.feature_N2D, chosen)
+    chosen = tables.Setting(args.use_norm_score, args.use_detector_score, args.use_flip_test)
+    result = tables.evaluate_templates(protocol, features.feature_N2D, chosen)
     every = {}
-    for setting in ALL_SETTINGS if args.all_settings else (chosen,):
-        judged = result if setting == chosen else evaluate_templates(protocol, features.feature_N2D, setting)
+    for setting in tables.ALL_SETTINGS if args.all_settings else (chosen,):
+        judged = result if setting == chosen else tables.evaluate_templates(protocol, features.feature_N2D, setting)
         every[str(setting)] = judged.table
-    print_table(*published_table(protocol, every))
-    print_table(*strict_table(result))
-    identification = identify(protocol, result.template_T, result.feature_TD) if args.identification else []
+    options.print_table(*tables.published_table(protocol, every))
+    options.print_table(*tables.strict_table(result))
+    identification = tables.identify(protocol, result.template_T, result.feature_TD) if args.identification else []
     if identification:
-        print_table(*identification_table(identification))
+        options.print_table(*tables.identification_table(identification))
     warnings = template_remarks(protocol, result.feature_TD, result.score_P, FARS, features.num_outside)
-    print_warnings(warnings)
-    settings = shown_settings(args, Path(args.model or args.features).name, setting=str(chosen))
+    options.print_warnings(warnings)
+    settings = options.shown_settings(args, Path(args.model or args.features).name, setting=str(chosen))
     write_template_results(folder, protocol, result, every, identification, settings, warnings)
     tell(folder, args.report, args.compare)
 

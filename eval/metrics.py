@@ -208,16 +208,11 @@ def _checked_scores(score_P, same_P):
 
 
 def count_kinds(same_P: np.ndarray, where: str = "") -> tuple[int, int]:
-    """How many genuine and impostor pairs there are of each kind, bool [P].
-
-    Raises:
-        UserError: a kind is missing (``where`` is put before the message).
-    """
+    """How many genuine and how many impostor pairs; ``UserError`` (``where`` before it) where a kind is missing."""
     num_same = int(np.count_nonzero(same_P))
     if num_same in (0, len(same_P)):
-        raise UserError(
-            f"{where}{num_same} genuine pairs of {len(same_P)}; TAR at FAR needs genuine and impostor pairs"
-        )
+        found = f"{num_same} genuine pairs of {len(same_P)}"
+        raise UserError(f"{where}{found}; TAR at FAR needs genuine and impostor pairs")
     return num_same, len(same_P) - num_same
 
 

@@ -115,9 +115,8 @@ def read_csv_protocol(folder: Path) -> TemplateProtocol:
 
     def subjects(path: Path) -> SubjectList:
         rows = _csv_rows(path, ("template", "subject"))
-        return _unique_subjects(
-            path, ((template_of(path, line, row["template"]), row["subject"]) for line, row in rows)
-        )
+        pairs = ((template_of(path, line, row["template"]), row["subject"]) for line, row in rows)
+        return _unique_subjects(path, pairs)
 
     pairs = []
     for line, row in _csv_rows(pairs_path, ("left", "right", "same")):
@@ -128,10 +127,10 @@ def read_csv_protocol(folder: Path) -> TemplateProtocol:
     pair_P3 = np.array(pairs, dtype=np.int64).reshape(-1, 3)
     same_P = pair_P3[:, 2].astype(bool)
     count_kinds(same_P, f"{pairs_path}: ")
-    has_points = bool(rows) and points[0] in rows[0][1]
-    landmark_N10 = (
-        [[_number(images_path, line, p, row.get(p)) for p in points] for line, row in rows] if has_points else None
-    )
+    landmark_N52 = None
+    if rows and points[0] in rows[0][1]:
+        values = [[_number(images_path, line, point, row.get(point)) for point in points] for line, row in rows]
+        landmark_N52 = np.array(values).reshape(-1, 5, 2)
     return TemplateProtocol(
         name=folder.resolve().name,
         image_dir=folder,
@@ -139,7 +138,7 @@ def read_csv_protocol(folder: Path) -> TemplateProtocol:
         template_N=np.array([templates[row["template"]] for _, row in rows]),
         media_N=np.array([media[row["media"]] for _, row in rows]),
         score_N=np.array([_number(images_path, line, "score", row.get("score") or 1.0) for line, row in rows]),
-        landmark_N52=np.array(landmark_N10).reshape(-1, 5, 2) if has_points else None,
+        landmark_N52=landmark_N52,
         left_P=pair_P3[:, 0],
         right_P=pair_P3[:, 1],
         same_P=same_P,

@@ -16,16 +16,8 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from eval import options
 from eval.embed import load_embedder
-from eval.options import (
-    add_model_options,
-    add_report_options,
-    bare_name,
-    default_result_dir,
-    print_table,
-    print_warnings,
-    shown_settings,
-)
 from eval.pairs import KNOWN_SETS, SetResult, check_set, load_sets, result_table, set_names, set_warnings, verify
 from eval.protocols import read_pair_list
 from eval.results import load_results, tell, write_pair_results
@@ -37,7 +29,7 @@ from utils.files import check_replaceable
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(__doc__)
-    add_model_options(parser, "run directory or weights file (.pdparams, .safetensors, .onnx)", required=True)
+    options.add_model_options(parser, "run directory or weights file (.pdparams, .safetensors, .onnx)", required=True)
     parser.add_argument("--data-dir", type=Path, help="folder of <set>.bin files")
     known = f"those of {','.join(KNOWN_SETS)} that are there"
     parser.add_argument("--target", help=f"comma-separated sets (default: {known})")
@@ -47,7 +39,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threshold", type=float, help="also judge at this fixed squared-L2 threshold (2 - 2 cos)")
     parser.add_argument("--num-folds", type=int, default=10)
     parser.add_argument("--far", type=float, default=1e-3, help="false-accept rate for VAL")
-    add_report_options(parser, "JSON, CSV and pictures")
+    options.add_report_options(parser, "JSON, CSV and pictures")
     args = parser.parse_args(argv)
     if args.image_dir is not None and args.pairs is None:
         raise UserError("--image-dir and --pairs belong together: a folder of images and the list of its pairs")
@@ -76,15 +68,15 @@ def main(argv: list[str] | None = None) -> None:
             targets = set_names(args.target) if args.target else None
             sets |= load_sets(args.data_dir, targets, args.allow_missing, embedder.input_size)
         if args.pairs is not None:
-            name = bare_name(args.pairs)
+            name = options.bare_name(args.pairs)
             listed = read_pair_list(args.pairs, args.image_dir or args.data_dir, embedder.input_size)
             check_set(str(args.pairs), listed[1])
             sets[args.pairs.name if name in sets else name] = listed
-    folder = args.result_dir or default_result_dir(args.model, "verification")
+    folder = args.result_dir or options.default_result_dir(args.model, "verification")
     with claimed(folder, "name another --result-dir"):
         results = verify(embedder, sets, args.batch_size, args.num_folds, args.far, show_progress=True)
         if distributed.get_rank() == 0:
-            settings = shown_settings(args, Path(args.model).name, engine=embedder.engine)
+            settings = options.shown_settings(args, Path(args.model).name, engine=embedder.engine)
             _print(write_pair_results(folder, results, sets, settings), results, args.far)
             tell(folder, args.report, args.compare)
 
@@ -94,8 +86,8 @@ def _print(rows: list[dict], results: dict[str, SetResult], far_target: float) -
         print("[{set}]XNorm: {xnorm:f}".format(**row))
         print("[{set}]Accuracy: {accuracy:1.5f}+-{accuracy_std:1.5f}".format(**row))
         print("[{set}]Accuracy-Flip: {accuracy_flip:1.5f}+-{accuracy_flip_std:1.5f}".format(**row))
-    print_table(*result_table(rows, far_target))
-    print_warnings(set_warnings(results))
+    options.print_table(*result_table(rows, far_target))
+    options.print_warnings(set_warnings(results))
 
 
 if __name__ == "__main__":
