@@ -117,18 +117,22 @@ def gather_host(values: np.ndarray) -> np.ndarray:
     return shared.numpy()
 
 
-def all_reduce_sum(tensor: paddle.Tensor, operation: int = dist.ReduceOp.SUM) -> paddle.Tensor:
+def all_reduce_sum(tensor: paddle.Tensor) -> paddle.Tensor:
     """Element-wise sum over ranks, as a new tensor of the same shape and dtype."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: paddle.Tensor) -> paddle.Tensor:
+    """Element-wise maximum over ranks, as a new tensor of the same shape and dtype."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: paddle.Tensor, operation: int) -> paddle.Tensor:
     if get_world_size() == 1:
         return tensor.detach()
     output = tensor.detach().clone()
     dist.all_reduce(output, op=operation)
     return output
-
-
-def all_reduce_max(tensor: paddle.Tensor) -> paddle.Tensor:
-    """Element-wise maximum over ranks, as a new tensor of the same shape and dtype."""
-    return all_reduce_sum(tensor, dist.ReduceOp.MAX)
 
 
 def all_gather_rows(tensor: paddle.Tensor) -> paddle.Tensor:
