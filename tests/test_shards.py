@@ -164,6 +164,15 @@ def test_links_are_refused(tmp_path):
         build_source("wds", root=tmp_path)
 
 
+def test_a_size_that_is_no_number_names_the_shard(tmp_path):
+    with tarfile.open(tmp_path / "odd.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 4, {"size": "-4x"}
+        archive.addfile(info, io.BytesIO(b"abcd"))
+    with pytest.raises(UserError, match=r"odd\.tar: .*size b'-4x' at offset 0"):
+        build_source("wds", root=tmp_path / "odd.tar")
+
+
 def test_every_cut_is_an_error(tmp_path):
     """Wherever the shard ends early, also between two members: no image is lost in silence."""
     make_set(tmp_path / "whole", per_shard=(3,))

@@ -142,7 +142,11 @@ def walk_shard(file: BufferedReader, position: int = 0, whole: bool = True) -> I
             elif kind in b"xX":
                 extended.update(_pax(data))
             position += claimed + -claimed % BLOCK
-        size = int(extended.get(b"size", claimed))
+        size = claimed
+        if (written := extended.get(b"size")) is not None:
+            if not written.isdigit():
+                raise fail(f"an extended header with the size {written[:40]!r}", start)
+            size = int(written)
         raw = extended.get(b"path") or _short_name(head)
         name = raw.decode("utf-8", "surrogateescape").removeprefix("./")
         if name.endswith("/") and kind in _FILE:
