@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import numbers
 from collections.abc import Callable
 
 from paddle import nn
@@ -32,6 +33,9 @@ ALIASES = {
 _FIXED = ("block", "common", "depth", "depths", "hidden_ratio")
 
 
+_SIZES = {"embedding_size", "in_channels", "input_size", "width"}
+
+
 def build_backbone(name: str, **options) -> nn.Layer:
     """A freshly initialised backbone.
 
@@ -46,13 +50,17 @@ def build_backbone(name: str, **options) -> nn.Layer:
         ``embedding_size``.
 
     Raises:
-        UserError: an unknown name (the nearest is named) or an option that the family lacks.
+        UserError: an unknown name (the nearest is named), an option that the family lacks, a size that is none.
     """
     canonical = resolve_name(name)
     known = available_options(canonical)
     for option in options:
         if option not in known:
             raise UserError(f"backbone {name!r} has no option {option!r}; it has {', '.join(known)}")
+    for option in _SIZES & options.keys():
+        value = options[option]
+        if value is not None and (not isinstance(value, numbers.Integral) or value < 1):
+            raise UserError(f"backbone {name!r}: {option} {value!r}: a whole number from 1 on is needed")
     return BACKBONES[canonical](**{option: value for option, value in options.items() if value is not None})
 
 

@@ -29,6 +29,7 @@ from utils.photos.detect import Detector, build_detector
 from utils.photos.faces import align_largest, read_image
 from utils.photos.photo import read_photo
 from utils.system import threads_of_rank
+from utils.text import read_text
 from utils.weights.onnx_walk import read_onnx
 from utils.weights.states import is_torch_file, is_torch_spelling, load_state, read_state
 
@@ -291,14 +292,32 @@ def chosen_options(told: dict | None, network: str | None, source: str | Path) -
 
 def model_options(run: Path) -> dict | None:
     """The ``model:`` section of ``run/config.yaml`` (network and options of build_backbone), None without the file."""
+    sections = run_settings(run, "model")
+    if sections is None:
+        return None
+    if "network" not in sections[0]:
+        raise UserError(f"{Path(run) / 'config.yaml'}: no model.network in it; is this the config.yaml of a run?")
+    return {key: value for key, value in sections[0].items() if value is not None}
+
+
+def run_settings(run: Path, *names: str) -> list[dict] | None:
+    """These sections of ``run/config.yaml``, empty where they are not in it; None without the file.
+
+    Raises:
+        UserError: the file is no YAML, or no mapping of sections.
+    """
     path = Path(run) / "config.yaml"
     if not path.is_file():
         return None
-    with open(path) as file:
-        section = (yaml.safe_load(file) or {}).get("model")
-    if not isinstance(section, dict) or "network" not in section:
-        raise UserError(f"{path}: no model.network in it; is this the config.yaml of a run?")
-    return {key: value for key, value in section.items() if value is not None}
+    try:
+        tree = yaml.safe_load(read_text(path)) or {}
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: no valid YAML: {error}") from None
+    sections = [tree.get(name) or {} for name in names] if isinstance(tree, dict) else [tree]
+    wrong = next((section for section in sections if not isinstance(section, dict)), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {str(wrong)[:60]!r} where settings were expected; is this the config.yaml of a run?")
+    return sections
 
 
 def infer(

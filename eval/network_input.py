@@ -115,7 +115,7 @@ def embedding_rows(array: np.ndarray, num_images: int, path: str | Path) -> np.n
     Raises:
         UserError: it has another shape.
     """
-    if array.ndim < 2 or array.shape[0] != num_images or array[0, ...].size != array.shape[1]:
+    if array.ndim < 2 or array.shape[0] != num_images or array[0, ...].size != array.shape[1] or array.shape[1] < 2:
         raise UserError(f"{path}: its output for {num_images} images is {list(array.shape)}, no embedding of each")
     return array.reshape(num_images, -1).astype(np.float32, copy=False)
 

@@ -7,7 +7,7 @@ import yaml
 
 from backbones import build_backbone
 from eval import choose_engine, embed
-from eval.embed import infer, load_backbone, load_embedder
+from eval.embed import infer, load_backbone, load_embedder, model_options
 from eval.stream import digest, embed_to_file
 from tests.ranks import run_ranks
 from tools.numpy_forward import reference_embedding
@@ -416,3 +416,33 @@ def test_ranks_share_a_stream_and_fail_together(tmp_path):
     reads = [int(text.split("read ")[1].split()[0]) for text in second]
     assert 0 < sum(reads) < 30
     np.testing.assert_array_equal(np.load(output), load_embedder(Pixels())(pictures(30, 4)))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\tmodel: [", "no valid YAML"),
+        (b"[1, 2]", "where settings were expected"),
+        (b"text", "where settings were expected"),
+        (b"model: 5", "where settings were expected"),
+        (b"model: {width: 8}", "no model.network"),
+        (b"model: " + b"[" * 3000, "no valid YAML"),
+        (b"model: \xff\xff", "neither UTF-8 nor GBK"),
+    ],
+)
+def test_the_configuration_beside_weights_may_be_anything(tmp_path, content, told):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=f"config.yaml: .*{told}"):
+        model_options(tmp_path)
+
+
+def test_the_configuration_beside_weights_in_utf16(tmp_path):
+    (tmp_path / "config.yaml").write_bytes("model: {network: iresnet18}".encode("utf-16"))
+    assert model_options(tmp_path) == {"network": "iresnet18"}
+
+
+@pytest.mark.parametrize("options", [{"width": "x"}, {"input_size": -5}, {"embedding_size": 1.5}])
+def test_sizes_that_are_none(options):
+    ((name, value),) = options.items()
+    with pytest.raises(UserError, match=f"{name} {value!r}: a whole number"):
+        build_backbone("iresnet18", **options)

@@ -21,10 +21,9 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import yaml
 
 from eval.bins import load_bin
-from eval.embed import Embedder, load_embedder
+from eval.embed import Embedder, load_embedder, run_settings
 from eval.options import add_device_option, add_engine_options, add_face_options
 from eval.remarks import score_remarks
 from utils import distributed
@@ -109,14 +108,11 @@ def find_threshold(embedder: Embedder, model: Path, sets: list[Path], far: float
 
 def run_sets(model: Path) -> list[Path]:
     """The verification sets that a run's configuration names, where their files are there."""
-    config = (model if model.is_dir() else model.parent) / "config.yaml"
-    if not config.is_file():
-        return []
-    content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    verify, data = content.get("verify") or {}, content.get("data") or {}
-    root = verify.get("root") or data.get("root") or "."
-    root = Path(root[0] if isinstance(root, list) else root)  # of several data sets the first
-    paths = [Path(name) if str(name).endswith(".bin") else root / f"{name}.bin" for name in verify.get("sets") or ()]
+    verify, data = run_settings(model if model.is_dir() else model.parent, "verify", "data") or ({}, {})
+    root, sets = verify.get("root") or data.get("root") or ".", verify.get("sets")
+    root = Path(str(root[0] if isinstance(root, list) else root))  # of several data sets the first
+    names = map(str, sets if isinstance(sets, list) else [])
+    paths = [Path(name) if name.endswith(".bin") else root / f"{name}.bin" for name in names]
     return [path for path in paths if path.is_file()]
 
 
