@@ -5,7 +5,6 @@ and identity records (no image bytes either) those from N + 1 on. Without it eve
 float32, so above 2**24 the header can be off by a few: the border is then looked up in the records themselves.
 """
 
-import math
 import struct
 from typing import NamedTuple
 
@@ -35,6 +34,9 @@ class Layout(NamedTuple):
     image_keys: np.ndarray
     has_header: bool
     num_identities: int | None
+
+
+LABELS_END = 2.0**62  # int64 holds what lies below
 
 
 def is_identity(payload: bytes) -> bool:
@@ -97,7 +99,7 @@ def parse_image(payload: bytes | memoryview) -> tuple[int, int]:
         raise ValueError(f"no image: {flag} labels in a record of {size} bytes")
     if flag:
         (label,) = _LABEL.unpack_from(payload, IMAGE_HEADER.size)
-    if not (0 <= label < math.inf and label == int(label)):  # false for NaN
+    if not (0 <= label < LABELS_END and label == int(label)):  # false for NaN
         raise ValueError(f"label {label} is not a class number (0, 1, 2, ...)")
     return start, int(label)
 
@@ -142,5 +144,5 @@ def read_plain_labels(file: RecordFile, index: RecordIndex, keys: np.ndarray) ->
     label_K = np.where(several_K, head_K["first"], head_K["label"]).astype(np.float64)
     whole_K = (head_K["magic"] == MAGIC) & (head_K["length"] > IMAGE_HEADER.size + 4 * head_K["flag"].astype(np.int64))
     whole_K &= head_K["length"] <= MAX_LENGTH
-    plain_K = whole_K & (label_K >= 0) & (label_K < 2.0**62)
+    plain_K = whole_K & (label_K >= 0) & (label_K < LABELS_END)
     return np.where(plain_K & (label_K == np.floor(label_K)), np.where(plain_K, label_K, -1), -1).astype(np.int64)

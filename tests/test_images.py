@@ -1,6 +1,7 @@
 """Which files are images, in folders as people have them; text files as people's tools write them."""
 
 import gzip
+import os
 
 import pytest
 
@@ -45,6 +46,15 @@ def test_search_follows_links_and_ends(tmp_path):
     assert find_image_files(tmp_path / "root" / "bert" / "..").summary() is not None
     with pytest.raises(UserError, match="none: no such folder"):
         find_image_files(tmp_path / "none")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such files there")
+def test_pipes_and_devices_are_no_images(tmp_path):
+    touch(tmp_path, "a/0.jpg")
+    os.mkfifo(tmp_path / "a/pipe.jpg")
+    (tmp_path / "a/zero.png").symlink_to("/dev/zero")
+    found = find_image_files(tmp_path)
+    assert found.names == ["a/0.jpg"] and found.passed_over == {"pipes or devices": (2, "a/pipe.jpg")}
 
 
 def test_a_clean_folder_has_nothing_to_say(tmp_path):

@@ -121,6 +121,17 @@ def test_a_large_set_is_judged_by_a_sample(tmp_path, monkeypatch):
     assert again.read_labels().tolist() == (np.arange(400) % 4 * 1000).tolist()
 
 
+@pytest.mark.parametrize("label", [1e30, float("inf"), float("nan"), -1.0, 2.0**62])
+def test_labels_that_no_int64_holds(tmp_path, label):
+    writer = recordio.MXIndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w")
+    writer.write_idx(0, recordio.pack(recordio.IRHeader(0, label, 1, 0), jpeg(1)))
+    writer.close()
+    data = FaceRecordDataset(tmp_path)
+    for read in (data.read_labels, lambda: data[0]):
+        with pytest.raises(UserError, match=r"train\.rec: label .* is not a class number.*key 0"):
+            read()
+
+
 def test_labels_of_split_and_damaged_records(tmp_path):
     magic = 0xCED7230A
     payload = recordio.pack(recordio.IRHeader(0, 2.0, magic | magic << 32, 0), jpeg(0))

@@ -97,6 +97,8 @@ def _search(found: ImageFiles, folder: str, above: list[tuple[int, int]]) -> Ite
                 yield from _search(found, f"{name}/", [*above, identity])
         elif entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110 - for speed
             found.passed_over.add("broken links", name)
+        elif is_image_name(entry.name) and not entry.is_file():  # to read a pipe would wait for ever
+            found.passed_over.add("pipes or devices", name)
         elif is_image_name(entry.name):
             yield name
         else:

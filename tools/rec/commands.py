@@ -149,10 +149,11 @@ def run_info(args: argparse.Namespace) -> None:
     if len(data):
         image, label = data[0]
         found["first_image"] = {"key": int(data.keys[0]), "label": label, "size": list(image.shape[:2])}
-    if args.labels:
-        counts = np.bincount(data.read_labels())
-        found["labels"] = {"classes": int((counts > 0).sum()), "highest": len(counts) - 1}
-        found["images_a_class"] = {"least": int(counts[counts > 0].min()), "most": int(counts.max())}
+    if args.labels and len(data):
+        labels = data.read_labels()
+        counts = np.unique(labels, return_counts=True)[1]
+        found["labels"] = {"classes": len(counts), "highest": int(labels.max())}
+        found["images_a_class"] = {"least": int(counts.min()), "most": int(counts.max())}
     if args.json:
         print(json.dumps(found))
     else:
