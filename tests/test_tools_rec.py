@@ -282,3 +282,12 @@ def test_sizes_and_suffixes_that_make_no_sense(tmp_path, monkeypatch, capsys, ar
     error = capsys.readouterr().err
     assert stop.value.code == 1 and told in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_nothing_is_left_of_a_pack_without_a_first_image(tmp_path):
+    for person in "ab":
+        (tmp_path / "faces" / person).mkdir(parents=True)
+        (tmp_path / "faces" / person / "0.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(SystemExit):
+        rec_tool.main(["pack", str(tmp_path / "faces"), str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"]

@@ -71,8 +71,11 @@ def decode_image(encoded: bytes | memoryview, out: np.ndarray | None = None) -> 
     except cv2.error as error:
         raise DecodeError(f"OpenCV cannot decode {len(encoded)} bytes: {error.err}") from error
     if image is None:
+        kind = describe_bytes(encoded[:1024])
+        if kind.endswith("picture"):
+            raise DecodeError(f"{kind} of {len(encoded)} bytes that cannot be decoded: damaged, empty or too large")
         found = f"{len(encoded)} bytes starting with {encoded[:4].hex()}"
-        raise DecodeError(f"{found} are not a known image: {describe_bytes(encoded[:1024])}")
+        raise DecodeError(f"{found} are not a known image: {kind}")
     fits = out is not None and out.shape == image.shape
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out if fits else None)
 

@@ -154,6 +154,8 @@ def describe_bytes(head: bytes) -> str:
     for start, kind in _TEXT_STARTS:
         if text.startswith(start):
             return kind
+    if head[4:8] == b"ftyp" and head[8:12] in _PHONE_PHOTOS:
+        return f"{_PHONE_PHOTOS[head[8:12]]} photo, whatever its name ends in; convert it to JPEG or PNG first"
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     if not head.strip(b"\0"):
@@ -165,6 +167,7 @@ def describe_bytes(head: bytes) -> str:
     return f"a text file that starts with {shown!r}"
 
 
+_PHONE_PHOTOS = dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"), "a HEIC") | {b"avif": "an AVIF"}
 _TEXT_STARTS = (
     (b"version https://git-lfs", "a git-LFS pointer, not the file itself; run 'git lfs pull' there"),
     (b"/annex/objects/", "a git-annex pointer, not the file itself; run 'git annex get' there"),
@@ -184,6 +187,8 @@ _STARTS = (
     (b"\x89HDF\r\n", "an HDF5 file"),
     (b"\x89PNG\r\n", "a PNG picture"),
     (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"II*\0", "a TIFF picture"),
+    (b"MM\0*", "a TIFF picture"),
     (b"%PDF", "a PDF document"),
     (b"\x0a\x23\xd7\xce", "a RecordIO file (.rec)"),
     *((bytes([0x80, protocol]), "a pickle") for protocol in range(2, 6)),

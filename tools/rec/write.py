@@ -1,5 +1,6 @@
 """Writing record files: parallel, in order, resumable, and visible under their name only when whole."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,6 +65,7 @@ def write_records(
     for path in (rec, idx):
         if path.exists():
             raise UserError(f"{path} exists; remove it or choose another output")
+    was_there = prefix.parent.exists()
     prefix.parent.mkdir(parents=True, exist_ok=True)
     rec_part, idx_part, journal = (Path(f"{prefix}{suffix}.partial") for suffix in (".rec", ".idx", ".job"))
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
@@ -78,6 +80,9 @@ def write_records(
         if rec_part.exists() and rec_part.stat().st_size == 0:  # nothing to resume from
             for path in (rec_part, idx_part, journal):
                 path.unlink(missing_ok=True)
+            if not was_there:
+                with contextlib.suppress(OSError):
+                    prefix.parent.rmdir()
         raise
     if num_classes is not None and image_size is not None:
         write_text(prefix.parent / "property", f"{num_classes},{image_size[0]},{image_size[1]}\n")
