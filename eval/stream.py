@@ -22,7 +22,7 @@ import numpy as np
 from eval.embed import CHECKED_IMAGES, Embedder, start
 from utils import distributed
 from utils.errors import UserError
-from utils.files import check_replaceable, write_json
+from utils.files import check_replaceable, full_disk_named, write_json
 from utils.owner import claim
 from utils.progress import progress_bar
 
@@ -222,7 +222,7 @@ class _Partial:
 
     def write(self, index: int, embedding: np.ndarray, num_flagged: int) -> None:
         """Put a chunk's rows in place, on disk before its entry is set."""
-        with open(self.part, "r+b") as file:
+        with full_disk_named(self.output), open(self.part, "r+b") as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
             file.seek(file.tell() + index * self.chunk * self.row_bytes)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,18 @@ def test_what_must_not_be_replaced(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'.*/none/x'$"):
         write_csv(tmp_path / "none" / "x", [{"a": 1}])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such limit there")
+def test_a_full_disk_names_the_file(tmp_path):
+    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); from utils.files import write_text\n"
+    code += "write_text(sys.argv[1], 'x' * 5000)"
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-c", code, str(tmp_path / "a.txt")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.stderr.rstrip().endswith(f"File too large: '{tmp_path / 'a.txt'}'")
+    assert not list(tmp_path.iterdir())
 
 
 def test_json_and_csv(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -31,6 +32,17 @@ def check_replaceable(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """A full disk, quota or file size limit is told with the file's name, which a failed write does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Gives a path beside ``path`` to write to; it takes the name when the block ends, or is removed if it fails.
 
@@ -44,7 +56,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     # or containers apart, which may have one number.
     aside = path.with_name(f".{os.getpid()}_{secrets.token_hex(4)}_{path.name}")
     try:
-        yield aside
+        with full_disk_named(path):
+            yield aside
         aside.replace(path)
     except OSError as error:
         if error.filename is not None and Path(os.fsdecode(error.filename)) == aside:

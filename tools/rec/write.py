@@ -13,7 +13,7 @@ from mxnet_reader import RecordError
 from mxnet_reader.file import RecordFile
 from mxnet_reader.format import encode_record
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import full_disk_named, write_text
 from utils.progress import progress
 
 FLUSH_EVERY = 256
@@ -75,7 +75,8 @@ def write_records(
             path.unlink(missing_ok=True)
     journal.write_text(fingerprint)
     try:
-        _append(rec_part, idx_part, produce, range(done, count), workers, f"writing {rec.name}")
+        with full_disk_named(rec):
+            _append(rec_part, idx_part, produce, range(done, count), workers, f"writing {rec.name}")
     except BaseException:
         if rec_part.exists() and rec_part.stat().st_size == 0:  # nothing to resume from
             for path in (rec_part, idx_part, journal):
