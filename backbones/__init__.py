@@ -31,9 +31,7 @@ ALIASES = {
 }
 # What makes a name of the registry that name; everything else in a class's signature is the user's to choose.
 _FIXED = ("block", "common", "depth", "depths", "hidden_ratio")
-
-
-_SIZES = {"embedding_size", "in_channels", "input_size", "width"}
+_SIZES = {"embedding_size", "in_channels", "input_size", "width"}  # options that are whole numbers
 
 
 def build_backbone(name: str, **options) -> nn.Layer:

@@ -33,11 +33,10 @@ from eval.features import Features, protocol_features, weights_digest
 from eval.metrics import FARS
 from eval.protocols import TemplateProtocol, read_csv_protocol, read_ijb
 from eval.remarks import template_remarks
-from eval.results import load_results, tell, write_template_results
+from eval.results import check_report, tell, write_template_results
 from eval.stream import claimed
 from utils import distributed
 from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
-from utils.files import check_replaceable
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -71,9 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(args.device)
     protocol, digest = None, None
     with distributed.together():
-        if args.report is not None:
-            check_replaceable(args.report)
-        load_results(args.compare)  # a folder that is none ends the run now, not after the embedding
+        check_report(args.report, args.compare)
         protocol = read_ijb(args.image_path, args.target) if args.protocol is None else read_csv_protocol(args.protocol)
         digest = None if args.model is None else weights_digest(args.model, args.which, args.precision)
     if distributed.get_rank() == 0:

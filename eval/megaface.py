@@ -23,7 +23,7 @@ import numpy as np
 from eval.distractors import FARS, SIZES, identify_among_distractors, load_features
 from eval.options import bare_name, print_table, print_warnings
 from eval.remarks import distractor_remarks
-from eval.results import load_results, tell, write_distractor_results
+from eval.results import check_report, tell, write_distractor_results
 from utils.errors import COUNT, CommandLine, UserError, check_ranges, one_line_errors
 from utils.owner import claim
 from utils.text import plain, read_text
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = [size.strip() for size in args.sizes.split(",")]
     if not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise UserError(f"--sizes {args.sizes}: positive whole numbers, separated by commas")
-    load_results(args.compare)
+    check_report(args.report, args.compare)
     probe_ND, distractor_MD = load_features(args.probes), load_features(args.distractors)
     if not args.subjects.is_file():
         raise UserError(f"{args.subjects}: no such file; one subject a line, in the order of the probes, is needed")

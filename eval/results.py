@@ -24,7 +24,7 @@ from eval.plots import draw_errors, draw_histogram, draw_roc
 from eval.protocols import TemplateProtocol
 from eval.tables import Identification, Tables, TemplateResult, identification_table, published_table, strict_table
 from utils.errors import UserError
-from utils.files import write_array, write_csv, write_json
+from utils.files import check_replaceable, write_array, write_csv, write_json
 
 KINDS = {
     "verification": "Verification",
@@ -55,9 +55,9 @@ class Result:
 def _write(path: Path, settings: dict, rows: Sequence[Mapping], content: dict) -> None:
     """``<kind>.json`` and, of its figures, ``<kind>.csv``. ``path`` is theirs without a suffix."""
     columns = {"tables": ("title", "head", "rows"), "pictures": ("file", "title")}
-    content |= {key: [dict(zip(names, row, strict=True)) for row in content[key]] for key, names in columns.items()}
-    content = {"kind": path.name, "label": settings["label"], "settings": settings, **content}
-    write_json(path.with_suffix(".json"), content)
+    named = {key: [dict(zip(names, row, strict=True)) for row in content[key]] for key, names in columns.items()}
+    told = {"kind": path.name, "label": settings["label"], "settings": settings}
+    write_json(path.with_suffix(".json"), {**told, **content, **named})
     write_csv(path.with_suffix(".csv"), rows)
 
 
@@ -206,6 +206,13 @@ def load_results(folders: Sequence[Path]) -> list[Result]:
             taken = [result.label for result in results if result.content["kind"] == kind]
             results.append(Result(_unique(label, taken), content, file.parent))
     return results
+
+
+def check_report(report: Path | None, others: Sequence[Path]) -> None:
+    """Refuse what ``tell`` could not do at the end: before anything is embedded."""
+    if report is not None:
+        check_replaceable(report)
+    load_results(others)
 
 
 def tell(folder: Path, report: Path | None, others: Sequence[Path]) -> None:

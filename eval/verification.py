@@ -20,11 +20,10 @@ from eval import options
 from eval.embed import load_embedder
 from eval.pairs import KNOWN_SETS, SetResult, check_set, load_sets, result_table, set_names, set_warnings, verify
 from eval.protocols import read_pair_list
-from eval.results import load_results, tell, write_pair_results
+from eval.results import check_report, tell, write_pair_results
 from eval.stream import claimed
 from utils import distributed
 from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
-from utils.files import check_replaceable
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -58,9 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     distributed.init(args.device)
     sets, embedder = {}, None
     with distributed.together():
-        if args.report is not None:
-            check_replaceable(args.report)
-        load_results(args.compare)  # a folder that is none ends the run now, not after the embedding
+        check_report(args.report, args.compare)
         embedder = load_embedder(
             args.model, args.network, args.engine, args.batch_size, which=args.which, precision=args.precision
         )

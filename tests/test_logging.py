@@ -1,5 +1,7 @@
 """Logs, meters, spikes, angles, stop signals: the small things around an update."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -45,6 +47,16 @@ def test_every_figure_reaches_every_place(tmp_path, capsys):
     events = next((tmp_path / "events").iterdir()).read_bytes()
     for tag in (b"train/loss", b"train/theta_own", b"verify/lfw/accuracy"):
         assert tag in events
+
+
+def test_names_that_are_no_utf8_and_late_warnings_end_no_run(tmp_path, capsys):
+    log = RunLog(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):  # the command line makes stdout take them
+        log.info("data in Jos\udce9")
+    log.close()
+    log.warning("a rank is gone")  # the watchdog's, while the run comes down
+    assert "data in Jos\\udce9" in (tmp_path / "train.log").read_text(encoding="utf-8")
+    assert "a rank is gone" in capsys.readouterr().out
 
 
 def test_no_nan_in_json(tmp_path):

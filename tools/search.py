@@ -40,7 +40,7 @@ from eval.stream import digest, embed_to_file
 from tools.sources import NetworkImages, open_source, pixel_digest
 from utils import distributed
 from utils.errors import COUNT, POSITIVE, CommandLine, UserError, check_ranges, one_line_errors
-from utils.files import write_json
+from utils.files import check_replaceable, write_json
 from utils.images import find_image_files, is_image_name
 from utils.photos.detect import DetectedFace, build_detector
 from utils.photos.faces import AlignedFaces, Face, detect_faces
@@ -138,8 +138,7 @@ def embed_photos(photos: Photos, embedder: Embedder, gallery: Path, what: str) -
 
 def enrol(args: argparse.Namespace) -> None:
     """Add the people of a folder, photo or data set to a gallery, which is made if it is not there."""
-    if args.gallery.is_dir():
-        raise UserError(f"{args.gallery}: is a folder; name a file")
+    check_replaceable(args.gallery)  # now, not after the embedding
     before = Gallery(args.gallery) if args.gallery.exists() else None
     model = args.model or (before.about.model if before else None)
     if model is None:

@@ -75,10 +75,8 @@ def one_line_errors(main: Callable) -> Callable:
             text = " ".join(str(error).split())
             if isinstance(error, MemoryError):
                 text = f"not enough memory: {text or 'fewer images at a time, or fewer threads, need less'}"
-            elif (
-                isinstance(error, FileExistsError) and error.filename is not None
-            ):  # of mkdir: nothing else asks for it
-                text += "; a file is there where a folder is needed"
+            elif isinstance(error, FileExistsError) and error.filename is not None:
+                text += "; a file is there where a folder is needed"  # of mkdir: nothing else asks for it
             if len(text) > _LONGEST:  # a file's line is quoted in it, or a path of thousands of characters
                 text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
             print(f"error: {text}", file=sys.stderr, flush=True)

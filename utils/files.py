@@ -180,7 +180,8 @@ def describe_bytes(head: bytes) -> str:
     return f"a text file that starts with {shown!r}"
 
 
-_PHONE_PHOTOS = dict.fromkeys((b"heic", b"heix", b"hevc", b"heim", b"mif1", b"msf1"), "a HEIC") | {b"avif": "an AVIF"}
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # behind "ftyp", 4 bytes into the file
+_PHONE_PHOTOS = dict.fromkeys(HEIC_BRANDS, "a HEIC") | {b"avif": "an AVIF"}
 _TEXT_STARTS = (
     (b"version https://git-lfs", "a git-LFS pointer, not the file itself; run 'git lfs pull' there"),
     (b"/annex/objects/", "a git-annex pointer, not the file itself; run 'git annex get' there"),

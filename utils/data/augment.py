@@ -40,10 +40,15 @@ def crop(image: np.ndarray, rng: np.random.Generator, *, min_area: float = 0.6, 
     """A random part of the image, resized back to the whole: area ``min_area``..1, aspect up to ``max_aspect``."""
     height, width = image.shape[:2]
     area, aspect = rng.uniform(min_area, 1), math.exp(rng.uniform(-1, 1) * math.log(max_aspect))
-    rows = min(height, max(1, round(height * math.sqrt(area / aspect))))
-    columns = min(width, max(1, round(width * math.sqrt(area * aspect))))
-    top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
-    return cv2.resize(image[top : top + rows, left : left + columns], (width, height))
+    part = _part(image, rng, height * math.sqrt(area / aspect), width * math.sqrt(area * aspect))
+    return cv2.resize(image[part], (width, height))
+
+
+def _part(image: np.ndarray, rng: np.random.Generator, height: float, width: float) -> tuple[slice, slice]:
+    """A part of about this size, at least a pixel and at most the image, at a random place."""
+    rows, columns = min(image.shape[0], max(1, round(height))), min(image.shape[1], max(1, round(width)))
+    top, left = int(rng.integers(image.shape[0] - rows + 1)), int(rng.integers(image.shape[1] - columns + 1))
+    return slice(top, top + rows), slice(left, left + columns)
 
 
 def affine(
@@ -117,12 +122,8 @@ def erase(
     height, width = image.shape[:2]
     area = rng.uniform(min_area, max_area) * height * width
     aspect = math.exp(rng.uniform(-1, 1) * math.log(max_aspect))
-    rows = min(height, max(1, round(math.sqrt(area * aspect))))
-    columns = min(width, max(1, round(math.sqrt(area / aspect))))
-    top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
-    image = image.copy()
-    patch = rng.integers(0, 256, (rows, columns, 3), dtype=np.uint8) if noise else fill
-    image[top : top + rows, left : left + columns] = patch
+    part, image = _part(image, rng, math.sqrt(area * aspect), math.sqrt(area / aspect)), image.copy()
+    image[part] = rng.integers(0, 256, image[part].shape, dtype=np.uint8) if noise else fill
     return image
 
 

@@ -24,9 +24,8 @@ _COLUMNS = [f"{axis}{number}" for number in range(1, 6) for axis in "xy"]
 _NAME_COLUMNS = ("source", "name", "path")
 
 
-_Line = tuple[
-    int, str, list[float] | None, float, tuple | None
-]  # number, photo, points (None: a name alone), score, box
+# number, photo, points (None: a name alone), score, box
+_Line = tuple[int, str, list[float] | None, float, tuple | None]
 
 
 def read_landmark_list(path: str | Path) -> dict[str, list[DetectedFace]]:

@@ -9,9 +9,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from utils.decode import JPEG_START, DecodeError, check_whole, decode_image
 from utils.errors import UserError
+from utils.files import HEIC_BRANDS
 
 BACKGROUND = 255  # white, as behind a passport picture: what shows through transparent pixels
-_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def read_photo(path: str | Path) -> np.ndarray:
@@ -39,7 +39,7 @@ def decode_photo(encoded: bytes) -> np.ndarray:
     if encoded[:3] == JPEG_START:  # decoded by the training reader's decoder, which refuses damage and is the fastest
         return turn_upright(decode_image(encoded), _jpeg_orientation(encoded))
     check_whole(encoded)
-    if encoded[4:8] == b"ftyp" and encoded[8:12] in _HEIC:
+    if encoded[4:8] == b"ftyp" and encoded[8:12] in HEIC_BRANDS:
         raise DecodeError("a HEIC photo, which is not read here; save it as JPEG or PNG")
     try:
         with Image.open(io.BytesIO(encoded)) as image:

@@ -88,7 +88,8 @@ class RunLog:
         metrics = run_dir / "metrics.jsonl"
         kept = _lines_until(metrics, resume_step) if resumed else []
         metrics.write_text("".join(kept), encoding="utf-8")
-        opened = functools.partial(open, encoding="utf-8", buffering=1)  # each line is on its way at once
+        # Each line is on its way at once; names of files that are no UTF-8 end no run.
+        opened = functools.partial(open, encoding="utf-8", errors="backslashreplace", buffering=1)
         self._jsonl = self._open.enter_context(opened(metrics, "a"))
         self._lines = self._open.enter_context(opened(run_dir / "train.log", "a" if resumed else "w"))
         if tensorboard:
@@ -160,7 +161,8 @@ class RunLog:
         self._open.close()
 
     def _write(self, level: str, message: str) -> None:
-        self._lines.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {message}\n")
+        if not self._lines.closed:  # the watchdog may have something to say while the run comes down
+            self._lines.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level} {message}\n")
 
     def _record(self, kind: str, record: dict) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
