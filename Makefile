@@ -20,7 +20,7 @@ help: ## list the targets
 	touch $@
 
 .venv/.setup: .venv/.demo
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,align,demo,export,numba,openvino,parquet,search,visualdl,test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,align,demo,export,int8,numba,openvino,parquet,search,visualdl,test]'
 	touch $@
 
 # The real mxnet, the oracle of the reader's tests. Its wheel needs an old numpy, so it lives by itself. On machines

@@ -10,10 +10,11 @@ Any number of images at flat memory, over several ranks, resumable: ``eval.strea
 Shapes: N images, B one batch, D embedding size, H = W the network's input size in pixels.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -82,6 +83,12 @@ class Embedder:
                 state.update(name.encode() + tensor.numpy().tobytes())
             weights = state.hexdigest()
         return weights if self.precision == "fp32" else f"{weights}-{self.precision}"
+
+    @contextlib.contextmanager
+    def onnx_file(self) -> Iterator[Path]:
+        """The network as an ``.onnx`` file: the model's own, or the one kept beside its weights."""
+        with self._source.onnx_file() as (path, _):
+            yield path
 
     def stay(self) -> None:
         """Keep to the precision that all embeddings so far have: float32 where too few images were seen to decide."""

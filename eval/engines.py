@@ -258,7 +258,7 @@ def save_onnx(layer, path: str | Path, opset: int = OPSET) -> Path:
     """Write ``layer`` in evaluation mode as ONNX with a free batch size; needs paddle2onnx."""
     import paddle2onnx
 
-    with tempfile.TemporaryDirectory() as folder, _stdout_to_stderr():
+    with tempfile.TemporaryDirectory() as folder, stdout_to_stderr():
         program, weights = inference_files(save_inference_model(layer, Path(folder) / "model"))
         # optimize_tool: the default folds constants with a tool that installs packages by itself.
         paddle2onnx.export(str(program), str(weights), str(path), opset_version=opset, optimize_tool="None")
@@ -266,7 +266,7 @@ def save_onnx(layer, path: str | Path, opset: int = OPSET) -> Path:
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
+def stdout_to_stderr() -> Iterator[None]:
     """What libraries print from C++ goes to stderr, so that piped tables stay clean."""
     sys.stdout.flush()
     kept = os.dup(1)

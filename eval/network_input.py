@@ -13,7 +13,8 @@ from utils.errors import UserError
 from utils.weights.onnx_walk import Graph
 
 RANGES = {"signed": (-1.0, 1.0), "unit": (0.0, 1.0), "raw": (0.0, 255.0)}  # what pixels 0 and 255 become
-PASSED_OVER = ("Cast", "Dropout", "Identity", "Transpose")  # on the way to the arithmetic that tells the range
+# On the way to the arithmetic that tells the range; quantised pixels are the same pixels.
+PASSED_OVER = ("Cast", "DequantizeLinear", "Dropout", "Identity", "QuantizeLinear", "Transpose")
 
 
 @dataclass(frozen=True)

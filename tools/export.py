@@ -50,6 +50,7 @@ def export(
         UserError: a format cannot be written here, or differs from the dynamic graph by ``tolerance`` times
             max(1, largest value) or more.
     """
+    existed = output.is_dir()
     output.mkdir(parents=True, exist_ok=True)
     num_threads = threads_of_rank()
     aside = Path(tempfile.mkdtemp(prefix=".exporting_", dir=output))
@@ -71,6 +72,8 @@ def export(
             file.replace(output / file.name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        if not existed and not any(output.iterdir()):
+            output.rmdir()
     return rows
 
 

@@ -125,9 +125,12 @@ def read_onnx(path: str | Path) -> State:
     Scaling of raw pixels inside the graph (old exports) is moved into the first convolution.
 
     Raises:
-        UserError: no ONNX file, or a structure that the walk does not know.
+        UserError: no ONNX file, a quantised network, or a structure that the walk does not know.
     """
     graph = Graph(path)
+    if any(node.op_type == "DequantizeLinear" for node in graph.nodes):
+        told = "is quantised, its weights are no longer those of training"
+        raise UserError(f"{path}: {told}; it runs with --engine openvino or onnx")
     value, scale = _pixel_scaling(graph)
     value = _channels_first(graph, value)
     state: State = {}
