@@ -76,15 +76,15 @@ def test_a_difference_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(export_module.OnnxEngine, "run", lambda self, image: honest(self, image) + 1e-3)
     with pytest.raises(UserError, match=r"onnx differs from the dynamic graph by 0\.001"):
         export(layer, tmp_path / "out", batches=(1,))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_exported_is_told(tmp_path, capsys):
     layer = trained_like("mnist_2d")
     layer.fc.bias.set_value(np.full(2, np.nan, np.float32))
     with pytest.raises(UserError, match="not finite"):
-        export(layer, tmp_path / "out", batches=(1,))
-    assert list((tmp_path / "out").iterdir()) == []
+        export(layer, tmp_path, batches=(1,))
+    assert list(tmp_path.iterdir()) == []
     for arguments, shown in (
         (["--model", str(tmp_path / "no.pdparams"), "--output", str(tmp_path)], "no such weights file"),
         (["--model", str(tmp_path), "--output", str(tmp_path), "--format", "tflite"], "choose from paddle, onnx"),
