@@ -104,9 +104,9 @@ def test_a_folder_of_crops(folder, tmp_path, capsys):
 
 
 def test_a_set_has_its_accuracy_and_the_cosines_are_those_of_the_file(folder, tmp_path, capsys):
-    run(folder, folder / "pairs.bin", tmp_path / "int8.onnx", "--count", "40", "--seed", "3")
+    run(folder, folder / "pairs.bin", tmp_path / "new" / "int8.onnx", "--count", "40", "--seed", "3")
     told = capsys.readouterr().out
-    images, models = faces(60, seed=1), [folder / "backbone.pdparams", tmp_path / "int8.onnx"]
+    images, models = faces(60, seed=1), [folder / "backbone.pdparams", tmp_path / "new" / "int8.onnx"]
     calibrated, checked = choose(60, 40, 3)
     assert len(calibrated) == 40 and len(checked) == 20
     both = [
@@ -201,7 +201,7 @@ def refused(folder, output, *words, images="crops"):
 
 def test_what_is_refused_leaves_nothing(folder, tmp_path, monkeypatch):
     output = tmp_path / "int8.onnx"
-    assert "its mean cosine to float32 is 0.9" in refused(folder, output, "--least-cosine", "1")
+    assert "its mean cosine to float32 is 0.9" in refused(folder, tmp_path / "new" / "x.onnx", "--least-cosine", "1")
     (tmp_path / "few").mkdir()
     for number, image in enumerate([*faces(10), *faces(10), *faces(10), *faces(10)]):
         (tmp_path / "few" / f"{number}.png").write_bytes(encoded(image))

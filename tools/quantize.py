@@ -17,8 +17,10 @@ import argparse
 import importlib.util
 import logging
 import os
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 import zlib  # noqa: F401 - before paddle: 2.6 exports a zlib of its own, on which Python's then crashes
 from collections.abc import Sequence
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="run directory, weights file or .onnx")
     parser.add_argument("--network", help="backbone name, where the model does not say it")
     parser.add_argument("--which", default="last", choices=("last", "best"), help="weights of a run directory")
-    parser.add_argument("--images", type=Path, required=True, help="your faces: a folder, an image list or a .bin set")
+    parser.add_argument("--images", type=Path, required=True, help="your faces: a folder or a .bin set")
     parser.add_argument("--output", type=Path, required=True, help=".onnx file to write")
     parser.add_argument("--count", type=int, default=300, help="images to calibrate on (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which images those are (default: %(default)s)")
@@ -180,10 +182,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.images}: {len(different)} different faces; at least {FEWEST} are needed")
     parts = choose(len(different), args.count, args.seed)
     calibrated, checked = (image_NHWC[different[rows]] for rows in parts)
-    with written_whole(args.output) as aside:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        fresh = Path(folder) / "int8.onnx"
         with full.onnx_file() as source:
-            quantize(source, calibrated, aside)
-        reduced = load_embedder(aside, engine="openvino")
+            quantize(source, calibrated, fresh)
+        reduced = load_embedder(fresh, engine="openvino")
         cosine_N = cosines(full, reduced, checked)
         if not cosine_N.mean() >= args.least_cosine:
             found = f"its mean cosine to float32 is {cosine_N.mean():.4f} on {len(checked)} faces"
@@ -192,6 +195,9 @@ def main(argv: list[str] | None = None) -> None:
         speeds = images_per_second((full, reduced), checked)
         sets = {} if same_P is None else {args.images.stem: (image_NHWC, same_P)}
         results = [verify(each, sets) for each in (full, reduced)]
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(args.output) as aside:
+            shutil.copyfile(fresh, aside)
     head, rows = ["Network", "Images/s", "Mean cosine", "Least cosine"], []
     for name, speed, cosine in zip(("float32", "int8"), speeds, (np.ones(1), cosine_N), strict=True):
         rows.append([name, f"{speed:.1f}", f"{cosine.mean():.5f}", f"{cosine.min():.5f}"])
