@@ -19,6 +19,7 @@ _NEEDS = (
     ("test_convert", "onnx"),
     ("test_export", "onnx"),
     ("test_openvino", "onnx"),
+    ("test_quantize", "nncf"),
     ("test_tools_onnx", "onnx"),
     ("test_train_update", "torch"),
 )

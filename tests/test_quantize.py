@@ -19,8 +19,6 @@ from utils.errors import UserError
 from utils.weights.onnx_walk import read_onnx
 from utils.weights.states import save_pdparams
 
-pytest.importorskip("nncf")
-
 
 def faces(count, size=112, seed=0):
     """Smooth pictures, uint8 [count, size, size, 3]: noise would say nothing about ranges."""

@@ -36,7 +36,7 @@ from eval.embed import Embedder, load_embedder
 from eval.engines import stdout_to_stderr
 from eval.network_input import NetworkInput, read_onnx_input
 from eval.options import add_face_options, print_table, print_warnings
-from eval.pairs import check_set, verify
+from eval.pairs import SetResult, check_set, verify
 from eval.remarks import landmark_remarks
 from tools.embed import collect_faces
 from tools.sources import pixel_digest
@@ -77,10 +77,8 @@ def quantize(source: Path, image_NHWC: np.ndarray, output: Path) -> None:
         output: the ``.onnx`` file to write.
 
     Raises:
-        UserError: NNCF is missing or cannot quantise this network.
+        UserError: NNCF cannot quantise this network.
     """
-    if importlib.util.find_spec("nncf") is None:
-        raise UserError("int8 needs the package nncf: pip install -c constraints.txt '.[cpu,int8]'")
     os.environ["NNCF_CI"] = "1"  # otherwise it reports its use to its makers
     network_input = read_onnx_input(source)
     with stdout_to_stderr():
@@ -132,6 +130,20 @@ def images_per_second(embedders: Sequence[Embedder], image_NHWC: np.ndarray) -> 
     return [statistics.median(found[1:]) for found in speeds]  # the first turn warms up
 
 
+def comparison(
+    speed: dict[str, float], cosine_N: np.ndarray, results: dict[str, dict[str, SetResult]]
+) -> list[list[str]]:
+    """Head and rows of the printed table, a row a network by name; ``cosine_N``: the last one's to the first."""
+    head, rows = ["Network", "Images/s", "Mean cosine", "Least cosine"], []
+    for name, cosine in zip(speed, (np.ones(1), cosine_N), strict=True):
+        row = [name, f"{speed[name]:.1f}", f"{cosine.mean():.5f}", f"{cosine.min():.5f}"]
+        for result in results[name].values():
+            row += [f"{result.metrics.accuracy:.5f}+-{result.metrics.accuracy_std:.5f}", f"{result.metrics.auc:.5f}"]
+        rows.append(row)
+    head += [f"{name} {figure}" for name in results["int8"] for figure in ("Accuracy-Flip", "AUC")]
+    return [head, *rows]
+
+
 def _read_images(args: argparse.Namespace, size: int) -> tuple[np.ndarray, np.ndarray | None]:
     """(all images of a ``.bin`` set and whether its pairs are the same; or the images needed of a folder, None)."""
     if args.images.suffix.lower() == ".bin":
@@ -149,6 +161,8 @@ def _read_images(args: argparse.Namespace, size: int) -> tuple[np.ndarray, np.nd
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("nncf") is None:
+        raise UserError("int8 needs the package nncf: pip install -c constraints.txt '.[cpu,int8]'")
     check_ranges(args, count=POSITIVE, seed=COUNT, least_cosine=(0, 1), min_score=(0, 1))
     if args.output.suffix.lower() != ".onnx":
         raise UserError(f"--output {args.output}: the name must end in .onnx")
@@ -192,23 +206,16 @@ def main(argv: list[str] | None = None) -> None:
             found = f"its mean cosine to float32 is {cosine_N.mean():.4f} on {len(checked)} faces"
             remedy = "calibrate on more faces of the kind to be embedded, or stay with float32"
             raise UserError(f"{args.model} in int8: {found}, {args.least_cosine:g} wanted; {remedy}")
-        speeds = images_per_second((full, reduced), checked)
         sets = {} if same_P is None else {args.images.stem: (image_NHWC, same_P)}
-        results = [verify(each, sets) for each in (full, reduced)]
+        networks = {"float32": full, "int8": reduced}
+        speed = dict(zip(networks, images_per_second((full, reduced), checked), strict=True))
+        head, *rows = comparison(speed, cosine_N, {name: verify(each, sets) for name, each in networks.items()})
         args.output.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(args.output) as aside:
             shutil.copyfile(fresh, aside)
-    head, rows = ["Network", "Images/s", "Mean cosine", "Least cosine"], []
-    for name, speed, cosine in zip(("float32", "int8"), speeds, (np.ones(1), cosine_N), strict=True):
-        rows.append([name, f"{speed:.1f}", f"{cosine.mean():.5f}", f"{cosine.min():.5f}"])
-    for name in sets:
-        head += [f"{name} Accuracy-Flip", f"{name} AUC"]
-        for row, result in zip(rows, results, strict=True):
-            metrics = result[name].metrics
-            row += [f"{metrics.accuracy:.5f}+-{metrics.accuracy_std:.5f}", f"{metrics.auc:.5f}"]
     print_table(head, rows)
     used = f"calibrated on {len(calibrated)} faces, checked on {len(checked)} others"
-    print(f"wrote {args.output} ({used}; int8 is {speeds[1] / speeds[0]:.2f} times as fast here)")
+    print(f"wrote {args.output} ({used}; int8 is {speed['int8'] / speed['float32']:.2f} times as fast here)")
 
 
 if __name__ == "__main__":
